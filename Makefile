@@ -1,0 +1,70 @@
+# One line a target; `make help` prints them. PYTHON picks the interpreter the environment is made from.
+PYTHON ?= python3.11
+VENV ?= .venv
+PROMPT ?= The three things a good library needs are
+BIN := $(VENV)/bin
+BUILD := build/dev
+CPP_FILES = $(shell find src/dseek/ops/csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inc')
+
+# The kernels are built by whatever cmake and ninja the environment holds; PATH goes first so that both are found.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help venv dev native run test lint format flags bench clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+venv: $(VENV)/.native ## make .venv with PyTorch, dseek and its native kernels
+dev: $(VENV)/.dev ## the same, with everything that tests, lint and evaluation need
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet "cmake>=3.25" "nanobind>=2.4" "ninja>=1.11" "scikit-build-core>=0.11"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.native: $(VENV)/.installed CMakeLists.txt $(CPP_FILES)
+	$(MAKE) native || echo "dseek: no native kernels (see above); dseek runs, slowly, on the PyTorch reference"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.native
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,eval]"
+	touch $@
+
+native: $(VENV)/.installed ## build the kernels and put them beside the sources (src/dseek/_native*.so)
+	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	cmake --build $(BUILD)
+	cmake --install $(BUILD) --prefix src
+
+run: venv ## bring the embedded model, measure this machine, print the plan, answer a prompt
+	$(BIN)/dseek pull smollm2
+	$(BIN)/dseek doctor
+	$(BIN)/dseek plan smollm2
+	$(BIN)/dseek generate smollm2 "$(PROMPT)"
+
+test: dev ## the tests
+	$(BIN)/python -m pytest
+
+lint: dev ## ruff, mypy, the import table, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(CPP_FILES)
+
+format: dev ## rewrite the sources as ruff and clang-format want them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+flags: dev ## rewrite tests/contracts/flags.json after a deliberate change of the command line
+	$(BIN)/python -m tests.contracts.flags --write
+
+bench: dev ## run the quick benchmarks and write the table that the README shows
+	$(BIN)/python -m benchmarks quick
+
+clean: ## remove the environment, the builds and the caches of the tools
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -f src/dseek/_native*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,126 @@
+"""Is what was timed also right? Greedy answers and losses are judged by transformers in fp32 on the same weights.
+
+An answer is judged by its regret: by how many nats its tokens are less likely, under the reference, than the tokens
+the reference would have chosen. Rounding that flips near ties costs next to nothing, a wrong model costs several nats.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.errors import IncorrectError
+from benchmarks.models import BenchModel, hf_folder
+from benchmarks.peers.client import PeerProcess
+from benchmarks.scoring import agreement, perplexity
+
+OWN_REGRET = 0.1
+"""Largest mean regret of dseek's answers, nats a token."""
+
+PEER_REGRET = 1.0
+"""The same for a peer: shows that it runs this model at all; its rounding is its own affair."""
+
+QUICK_LOSS = 0.02
+"""Largest relative change of perplexity over the short text that is checked beside every speed."""
+
+
+def check_answers(
+    model: BenchModel,
+    prompts: Sequence[list[int]],
+    answers: dict[str, list[dict[str, Any]]],
+    own_name: str,
+    *,
+    threads: int,
+    max_prompts: int = 2,
+) -> dict[str, Any]:
+    """Judge what the engines said while they were timed.
+
+    Args:
+        model: the model.
+        prompts: the prompts, by `prompt_idx`.
+        answers: from `contest.generate_in_turn`.
+        own_name: which of them is dseek's.
+        threads: threads of the reference.
+        max_prompts: how many prompts to judge.
+
+    Returns:
+        Mean regret of each engine.
+
+    Raises:
+        IncorrectError: an engine's answers are unlikely.
+    """
+    means = {}
+    with reference(model, threads=threads) as judge:
+        for name, given in answers.items():
+            regrets: list[float] = []
+            for answer in given[:max_prompts]:
+                prompt = prompts[answer["prompt_idx"]]
+                regrets += judge.call("regret", prompt=prompt, answer=answer["token_ids"])["regrets"]
+            means[name] = statistics.fmean(regrets)
+    for name, mean in means.items():
+        limit = OWN_REGRET if name == own_name else PEER_REGRET
+        if not mean <= limit:
+            raise IncorrectError(f"{name}: the answers' mean regret is {mean:.3f} nats, at most {limit} is right")
+    return {"regret": means}
+
+
+def check_losses(
+    own: PeerProcess, model: BenchModel, token_ids: list[int], window: int, *, threads: int
+) -> dict[str, Any]:
+    """Compare dseek's perplexity over a short text with the reference's, at the precision that was timed.
+
+    Args:
+        own: dseek's worker, loaded.
+        model: the model.
+        token_ids: the text.
+        window: tokens of one window.
+        threads: threads of the reference.
+
+    Returns:
+        Both perplexities and how often the likeliest tokens agree.
+
+    Raises:
+        IncorrectError: they differ by more than `QUICK_LOSS`.
+    """
+    ours = own.call("nll", token_ids=token_ids, window=window)
+    own.freeze()
+    with reference(model, threads=threads) as judge:
+        theirs = judge.call("nll", token_ids=token_ids, window=window)
+    own_perplexity, wanted = perplexity(ours["losses"]), perplexity(theirs["losses"])
+    if not abs(own_perplexity / wanted - 1) <= QUICK_LOSS:
+        raise IncorrectError(f"perplexity {own_perplexity:.4f}, the fp32 reference has {wanted:.4f}")
+    return {
+        "perplexity": own_perplexity,
+        "reference_perplexity": wanted,
+        "argmax_agreement": agreement(ours["best"], theirs["best"]),
+    }
+
+
+def reference(model: BenchModel, *, threads: int) -> PeerProcess:
+    """Start transformers in fp32 on the model; a context manager that ends it."""
+    print("benchmarks: loading the fp32 reference", file=sys.stderr)
+    process = PeerProcess("transformers", threads=threads)
+    try:
+        process.call("load", path=str(hf_folder(model)), threads=threads, context_tokens=0, options={})
+    except BaseException:
+        process.close()
+        raise
+    return process
+
+
+def check_equal(what: str, ours: Sequence[int], theirs: Sequence[int], *, hint: str) -> None:
+    """Compare two lists of ids.
+
+    Args:
+        what: what they are.
+        ours: dseek's.
+        theirs: the peer's.
+        hint: what a difference means.
+
+    Raises:
+        IncorrectError: they differ.
+    """
+    if list(ours) != list(theirs):
+        raise IncorrectError(f"{what} differ ({hint}): {list(ours)[:12]} and {list(theirs)[:12]}")

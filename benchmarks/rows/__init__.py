@@ -1,0 +1,180 @@
+"""The table of rows: name, claim, and the function that measures it, imported when it is run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.result import Outcome
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How a row is run."""
+
+    threads: int = 2
+    """Threads of every engine."""
+    rounds: int = 7
+    """Measurements of each engine that count."""
+    smoke: bool = False
+    """Only show that everything works, on the smallest sizes; the figures mean nothing and are not kept."""
+
+    def pick(self, full: int, smoke: int) -> int:
+        """A size: the claim's own, or the one of a smoke run."""
+        return smoke if self.smoke else full
+
+
+Measure = Callable[[Settings], Outcome]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One measured claim."""
+
+    name: str
+    """Name on the command line."""
+    claim: str
+    """What is measured, against whom, for the table."""
+    place: str
+    """`module:function` below `benchmarks.rows` that measures it."""
+    min_ratio: float = 1.0
+    """Least ratio that meets the claim."""
+    min_limit_share: float | None = None
+    """Least share of the limit that meets the claim; None where it asks for none."""
+    quick: bool = False
+    """Needs no peer's environment and ends within minutes."""
+
+    def measure(self, settings: Settings) -> Outcome:
+        """Run the row.
+
+        Args:
+            settings: threads, rounds, smoke.
+
+        Returns:
+            The figures.
+
+        Raises:
+            IncorrectError: the correctness check is red.
+            BenchmarkError: something needed is not there.
+        """
+        module_name, function_name = self.place.split(":")
+        function: Measure = getattr(importlib.import_module(f"benchmarks.rows.{module_name}"), function_name)
+        return function(settings)
+
+    def is_met(self, ratio: float | None, limit_share: float | None) -> bool:
+        """Whether figures meet the claim."""
+        if ratio is not None and ratio < self.min_ratio:
+            return False
+        return self.min_limit_share is None or (limit_share is not None and limit_share >= self.min_limit_share)
+
+    @property
+    def bar(self) -> str:
+        """The claim's bar for people."""
+        text = f"{self.min_ratio:g}x"
+        return text if self.min_limit_share is None else f"{text}, {100 * self.min_limit_share:.0f} % of the limit"
+
+
+_ALL = (
+    Row(
+        name="prefill-512",
+        claim="Prefill of 512 tokens, SmolLM2-135M, int8; peers vLLM W8A8 and OpenVINO GenAI int8",
+        place="prefill:prefill_512",
+        min_ratio=1.15,
+    ),
+    Row(
+        name="prefill-512-1b",
+        claim="Prefill of 512 tokens, 1.1B Llama (random weights), int8; peer vLLM W8A8",
+        place="prefill:prefill_512_1b",
+        min_ratio=1.0,
+        min_limit_share=0.75,
+    ),
+    Row(
+        name="prefill-8192",
+        claim="Prefill of 8192 tokens less the answer, SmolLM2-135M, int8, dense attention; peer OpenVINO GenAI int8",
+        place="prefill:prefill_8192",
+        min_ratio=1.2,
+    ),
+    Row(
+        name="decode-128-int8",
+        claim="Decode after 128 tokens, SmolLM2-135M, int8; peer llama.cpp Q8_0",
+        place="decode:decode_128_int8",
+        min_ratio=1.8,
+    ),
+    Row(
+        name="decode-128-int4",
+        claim="Decode after 128 tokens, SmolLM2-135M, int4; peer llama.cpp Q4_0",
+        place="decode:decode_128_int4",
+        min_ratio=1.6,
+    ),
+    Row(
+        name="decode-8192",
+        claim="Decode up to 8192 tokens of context, SmolLM2-135M, int8; peer OpenVINO GenAI int8",
+        place="decode:decode_8192",
+        min_ratio=2.5,
+    ),
+    Row(
+        name="attention-dense-16k",
+        claim="Dense causal attention, 16,384 tokens, 8 heads of 64, bf16; peer PyTorch SDPA",
+        place="attention:attention_dense_16k",
+        min_ratio=4.0,
+        min_limit_share=0.55,
+        quick=True,
+    ),
+    Row(
+        name="decode-bandwidth",
+        claim="Decode as a share of measured read bandwidth, 1.1B Llama (random weights), int8; bar 75 %",
+        place="decode:decode_bandwidth",
+        min_limit_share=0.75,
+        quick=True,
+    ),
+    Row(
+        name="load",
+        claim="Load to first token, SmolLM2-135M, Q4_1 file; peer llama.cpp; limit: weights and cache of peak memory",
+        place="load:load",
+        min_limit_share=1 / 1.2,
+    ),
+    Row(
+        name="quality-int8",
+        claim="Change of perplexity against fp32, int8, 30,000 tokens of Python source; bar 0.5 %",
+        place="quality:quality_int8",
+        quick=True,
+    ),
+    Row(
+        name="quality-int4",
+        claim="Change of perplexity against the file's dequantised fp32, int4; bar 0.5 %",
+        place="quality:quality_int4",
+        quick=True,
+    ),
+    Row(
+        name="plan-error",
+        claim="Median error of the plan's predictions over precisions, contexts and batches; bar 15 %",
+        place="plan_error:plan_error",
+        quick=True,
+    ),
+)
+
+ROWS: dict[str, Row] = {row.name: row for row in _ALL}
+"""Every row by its name."""
+
+
+def row(name: str) -> Row:
+    """Find a row.
+
+    Args:
+        name: as `list` shows it.
+
+    Returns:
+        The row.
+
+    Raises:
+        BenchmarkError: there is none of that name; the nearest is named.
+    """
+    if name not in ROWS:
+        import difflib
+
+        near = difflib.get_close_matches(name, ROWS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise BenchmarkError(f"there is no row {name!r}{hint}; `python -m benchmarks list` shows them")
+    return ROWS[name]

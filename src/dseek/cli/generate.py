@@ -1,0 +1,129 @@
+"""`dseek generate MODEL PROMPT`: one answer on stdout as it comes, its speed beside the machine's limit on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from dseek.cli.options import add_json, add_model, add_run_options, add_sampling, load_from, sampling_from
+from dseek.core.errors import RequestError
+
+if TYPE_CHECKING:
+    from dseek.engine.llm import LLM
+    from dseek.engine.request import Request
+    from dseek.models.files import ModelFiles
+
+HELP = "answer one prompt"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments.
+
+    Args:
+        parser: the verb's parser.
+    """
+    add_model(parser)
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to go on from; - reads it from stdin")
+    parser.add_argument(
+        "--chat", action="store_true", help="ask the prompt as a question, by the model's chat template"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="instructions before the question (implies --chat)")
+    parser.add_argument("--quiet", action="store_true", help="print no speeds on stderr")
+    add_sampling(parser, max_tokens=128, temperature=0.0)
+    add_run_options(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer the prompt.
+
+    Args:
+        args: parsed arguments.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        DseekError: the model, an option or the prompt is unusable.
+    """
+    from dseek.engine.llm import chat_token_ids, text_token_ids
+    from dseek.models.files import open_model
+
+    started_s = time.perf_counter()
+    params = sampling_from(args)
+    prompt = _read_prompt(args.prompt)
+
+    # 1. The prompt's length decides how long the context must be, so it comes before the plan.
+    files = open_model(args.model)
+    if args.chat or args.system is not None:
+        token_ids = chat_token_ids(files, _messages(args.system, prompt))
+    else:
+        token_ids = text_token_ids(files, prompt)
+
+    # 2. Load and answer.
+    with load_from(args, files, batch=1, context=args.context or _context(args, files, len(token_ids))) as llm:
+        load_s = time.perf_counter() - started_s
+        request = llm.submit(token_ids, params)
+        for piece in llm.pieces(request):
+            if not args.json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        _finish(args, llm, request, load_s)
+    return 0
+
+
+def _read_prompt(prompt: str) -> str:
+    """The prompt, from stdin where it is a dash."""
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"stdin is not text ({error})", needed="UTF-8") from error
+
+
+def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
+    """The conversation that asks the prompt."""
+    messages = [{"role": "user", "content": prompt}]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
+
+
+def _context(args: argparse.Namespace, files: ModelFiles, num_prompt_tokens: int) -> int | None:
+    """Just the context this prompt and its answer need; None where a plan decides."""
+    if args.plan is not None:
+        return None
+    longest = files.shape.max_position_embeddings
+    if num_prompt_tokens >= longest:
+        raise RequestError(
+            f"the prompt has {num_prompt_tokens} tokens", needed=f"fewer than the {longest} the model was made for"
+        )
+    return min(num_prompt_tokens + args.max_tokens, longest)
+
+
+def _finish(args: argparse.Namespace, llm: LLM, request: Request, load_s: float) -> None:
+    """Print what comes after the answer."""
+    from dseek.cli.report import plan_line, planned_machine, speed_line, speeds
+
+    output = request.output()
+    machine = planned_machine(llm.plan)
+    if args.json:
+        found: dict[str, Any] = {
+            "model": llm.files.name,
+            "text": output.text,
+            "token_ids": output.token_ids,
+            "finish_reason": output.finish_reason,
+            "precision": llm.plan.precision,
+            "kernels": llm.plan.kernels,
+            "num_threads": llm.plan.num_threads,
+            "load_s": load_s,
+            **speeds(output, llm.plan, machine),
+        }
+        print(json.dumps(found))
+        return
+    print(flush=True)
+    if not args.quiet:
+        print(f"dseek: {speed_line(output, llm.plan, machine)}", file=sys.stderr)
+        print(f"dseek: {plan_line(llm.plan)}; ready after {load_s:.2f} s", file=sys.stderr)

@@ -1,0 +1,171 @@
+"""Options that several verbs share, so that they read, mean and fail the same everywhere."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dseek.engine.llm import LLM
+    from dseek.engine.request import SamplingParams
+    from dseek.models.files import ModelFiles
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
+"""Precision modes, as in DSEEK_PRECISION_MODE."""
+
+
+def positive_int(text: str) -> int:
+    """Read a whole number of at least 1 (an argparse type).
+
+    Args:
+        text: what the user wrote.
+
+    Returns:
+        The number.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not one.
+    """
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def positive_ints(text: str) -> tuple[int, ...]:
+    """Read whole numbers of at least 1, separated by commas (an argparse type).
+
+    Args:
+        text: such as `128,1024`.
+
+    Returns:
+        The numbers in the order given.
+
+    Raises:
+        argparse.ArgumentTypeError: one of them is not a number of at least 1.
+    """
+    return tuple(positive_int(part.strip()) for part in text.split(","))
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the MODEL argument.
+
+    Args:
+        parser: the verb's parser.
+    """
+    parser.add_argument(
+        "model", metavar="MODEL", help="a folder in Hugging Face layout, a .gguf file, an alias (smollm2) or a hub id"
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that decide how a model runs: --plan, --precision, --threads, --context.
+
+    Args:
+        parser: the verb's parser.
+    """
+    group = parser.add_argument_group("how it runs")
+    group.add_argument("--plan", metavar="FILE", help="run a plan saved by `dseek plan --save` and decide nothing anew")
+    group.add_argument(
+        "--precision", choices=PRECISIONS, help="weights' precision (default: DSEEK_PRECISION_MODE, else the plan's)"
+    )
+    group.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: the plan's choice)")
+    group.add_argument("--context", type=positive_int, metavar="N", help="tokens a conversation may hold")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json.
+
+    Args:
+        parser: the verb's parser.
+    """
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, for machines")
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int, temperature: float) -> None:
+    """Add the sampling options.
+
+    Args:
+        parser: the verb's parser.
+        max_tokens: default length of an answer, in tokens.
+        temperature: default temperature.
+    """
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max-tokens", type=positive_int, default=max_tokens, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=temperature, metavar="T", help="0 is greedy (default: %(default)s)"
+    )
+    group.add_argument("--top-k", type=int, default=0, metavar="K", help="keep the K likeliest tokens (0: all)")
+    group.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="keep the likeliest tokens whose sum reaches P"
+    )
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="drop tokens less likely than P times the likeliest"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 makes seen tokens less likely"
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable (default: a fresh one)")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end the answer before TEXT (may be repeated)"
+    )
+
+
+def sampling_from(args: argparse.Namespace) -> SamplingParams:
+    """Collect what `add_sampling` parsed.
+
+    Args:
+        args: parsed arguments.
+
+    Returns:
+        Checked sampling parameters.
+
+    Raises:
+        RequestError: a value is out of its range.
+    """
+    from dseek.engine.request import SamplingParams
+
+    return SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        max_new_tokens=args.max_tokens,
+        stop=tuple(args.stop),
+    )
+
+
+def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overrides: Any) -> LLM:
+    """Load the model that `add_model` and `add_run_options` parsed; measures the machine if nobody has yet.
+
+    Args:
+        args: parsed arguments.
+        files: the model's opened files, if they are open already; they belong to the returned object.
+        overrides: keyword arguments of `dseek.load` that replace or join those from the command line.
+
+    Returns:
+        The loaded model.
+
+    Raises:
+        DseekError: the model, the plan or an option is unusable.
+    """
+    from dseek.cli.measuring import measured_machine
+    from dseek.engine.llm import load
+
+    options: dict[str, Any] = {
+        "precision": args.precision,
+        "plan": args.plan,
+        "context": args.context,
+        "threads": args.threads,
+    }
+    options.update(overrides)
+    if options["plan"] is None:
+        options["machine"] = measured_machine()
+    return load(args.model if files is None else files, **options)

@@ -1,0 +1,179 @@
+"""`dseek plan MODEL`: what would be run, how fast, in how much memory, and why so and not otherwise."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from dseek.cli.options import PRECISIONS, add_json, add_model, positive_int
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dseek.hardware.machine import Machine
+    from dseek.plan.explain import Choice
+    from dseek.plan.plan import Plan
+
+HELP = "plan a run of a model and explain the choices"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this verb's arguments.
+
+    Args:
+        parser: the verb's parser.
+    """
+    add_model(parser)
+    parser.add_argument(
+        "--objective",
+        choices=("latency", "throughput", "memory"),
+        default="latency",
+        help="what counts: the soonest answer, the most tokens a second, the least memory (default: %(default)s)",
+    )
+    parser.add_argument("--context", type=positive_int, metavar="N", help="tokens a sequence may hold")
+    parser.add_argument("--batch", type=positive_int, metavar="N", help="sequences at a time")
+    parser.add_argument(
+        "--prompt",
+        type=positive_int,
+        default=512,
+        metavar="N",
+        help="tokens of a typical prompt (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-quality-loss",
+        type=float,
+        metavar="X",
+        help="accepted rise of perplexity, as a fraction (default: 0.005)",
+    )
+    parser.add_argument("--memory-limit", type=_size, metavar="SIZE", help="memory allowed, such as 8GB or 900MB")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="weights' precision (default: DSEEK_PRECISION_MODE, else chosen)"
+    )
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: chosen)")
+    parser.add_argument("--save", metavar="FILE", help="write the plan to a file that every command takes as --plan")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan and print.
+
+    Args:
+        args: parsed arguments.
+
+    Returns:
+        0.
+
+    Raises:
+        DseekError: the model cannot be opened, a wish cannot be granted, or the memory does not suffice.
+    """
+    from dseek.cli.measuring import measured_machine
+    from dseek.models.files import open_model
+    from dseek.plan.objective import DEFAULT_QUALITY_LOSS, Objective
+    from dseek.plan.plan import make
+
+    loss = DEFAULT_QUALITY_LOSS if args.max_quality_loss is None else args.max_quality_loss
+    objective = Objective(
+        kind=args.objective,
+        context_tokens=args.context,
+        batch=args.batch,
+        prompt_tokens=args.prompt,
+        max_quality_loss=loss,
+        memory_limit_bytes=args.memory_limit,
+    )
+    files = open_model(args.model)
+    try:
+        shape, encodings = files.shape, files.encodings()
+    finally:
+        files.close()
+    machine = measured_machine()
+    plan = make(
+        shape,
+        machine,
+        objective,
+        encodings=encodings,
+        model=args.model,
+        precision=args.precision,
+        num_threads=args.threads,
+    )
+    if args.save:
+        plan.save(args.save)
+    if args.json:
+        print(plan.to_json())
+        return 0
+    from rich.console import Console
+
+    console = Console()
+    console.print(_summary(plan, machine))
+    for choice in plan.choices:
+        console.print(_choice(choice))
+    return 0
+
+
+def _size(text: str) -> int:
+    """Read a size such as 8GB, 512MiB or 1000000 (an argparse type)."""
+    lowered = text.strip().lower().removesuffix("b")
+    scales = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    suffix = next((name for name in scales if lowered.endswith(name)), "")
+    try:
+        value = float(lowered.removesuffix(suffix)) * scales.get(suffix, 1)
+        if 1 <= value < 2**60:
+            return int(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 8GB or 900MB")
+
+
+def _summary(plan: Plan, machine: Machine) -> Table:
+    from rich.table import Table
+
+    from dseek.plan.explain import size_text
+
+    predicted = plan.predicted
+    # How much of the memory's bandwidth the decode step would use, where one sequence is decoded at a time.
+    streamed_gbs = predicted.streamed_bytes * predicted.decode_tokens_s / plan.max_batch * 1e-9
+    share = f" ({100 * streamed_gbs / machine.read_bandwidth_gbs:.0f} % of the read bandwidth)"
+    formats = sorted({name for layer in plan.layer_formats for name in layer.by_role().values()})
+    prompt = min(plan.objective.prompt_tokens, plan.context_tokens)
+    memory = (
+        f"{size_text(predicted.peak_bytes)}: weights {size_text(predicted.weights_bytes)}, cache "
+        f"{size_text(predicted.cache_bytes)}, process and workspace {size_text(predicted.workspace_bytes)}"
+    )
+    rows = (
+        ("objective", plan.objective.kind),
+        ("weights", f"{plan.precision}, stored as {', '.join(formats)}; tables {plan.embedding_format}"),
+        ("cache", f"{plan.cache_dtype}, {plan.num_pages} pages of {plan.page_tokens} tokens"),
+        ("sequences x context", f"{plan.max_batch} x {plan.context_tokens}"),
+        ("kernels, threads, chunk", f"{plan.kernels}, {plan.num_threads}, {plan.prefill_chunk_tokens} tokens"),
+        ("prefill", f"{predicted.prefill_tokens_s:,.0f} tokens/s for prompts of {prompt}"),
+        ("decode", f"{predicted.decode_tokens_s:,.0f} tokens/s after {prompt} tokens{share}"),
+        ("memory", memory),
+        ("loading", f"{predicted.load_s:.2f} s"),
+    )
+    table = Table(title=f"Plan for {plan.model}", title_justify="left", show_header=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def _choice(choice: Choice) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from dseek.plan.explain import loss_text, size_text
+
+    table = Table(
+        title=f"{choice.name}: {escape(choice.chosen)} - {escape(choice.why)}", title_justify="left", title_style="bold"
+    )
+    for name in ("value", "prefill, tokens/s", "decode, tokens/s", "memory", "quality loss", "why not"):
+        table.add_column(name, justify="left" if name in ("value", "why not") else "right")
+    for entry in choice.alternatives:
+        table.add_row(
+            escape(entry.value),
+            f"{entry.prefill_tokens_s:,.0f}",
+            f"{entry.decode_tokens_s:,.0f}",
+            size_text(entry.peak_bytes),
+            loss_text(entry.quality_loss),
+            escape(entry.rejected) or "chosen",
+            style="bold" if not entry.rejected else None,
+        )
+    return table

@@ -1,0 +1,197 @@
+"""`Engine`: the loop that turns requests into answers, one step at a time.
+
+A step schedules rows, runs them, and samples a token for each request whose rows are all computed. One thread at a
+time may use an engine. Nothing here knows how the model is computed: that is the runner's business.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dseek.core.errors import RequestError
+from dseek.engine.batch import Batch, gather
+from dseek.engine.cache import PageAllocator
+from dseek.engine.request import Request, SamplingParams
+from dseek.engine.runner import Runner
+from dseek.engine.sampler import sample
+from dseek.engine.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from dseek.models.files import ModelFiles
+    from dseek.models.tokenizer import Tokenizer
+    from dseek.plan.plan import Plan
+
+MAX_LOGIT_ROWS = 256
+"""Rows of logits asked for at once by `Engine.logits` (256 rows of 49,152 tokens are 50 MB)."""
+
+
+class Engine:
+    """Runs requests by continuous batching.
+
+    Args:
+        files: the opened model, for its shape and tokenizer.
+        plan: sizes: context, batch, chunk, pages.
+        runner: computes batches; closed with the engine.
+    """
+
+    def __init__(self, files: ModelFiles, plan: Plan, runner: Runner) -> None:
+        self.files = files
+        self.plan = plan
+        self.runner = runner
+        self.allocator = PageAllocator(runner.num_pages, plan.page_tokens)
+        self.scheduler = Scheduler(self.allocator, max_batch=plan.max_batch, chunk_tokens=plan.prefill_chunk_tokens)
+        self.context_tokens = min(plan.context_tokens, runner.num_pages * plan.page_tokens)
+        self._num_requests = 0
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, read on first use."""
+        return self.files.tokenizer()
+
+    @cached_property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids that end an answer, from the shape and the tokenizer's files."""
+        return frozenset(self.files.shape.eos_token_ids) | frozenset(self.tokenizer.eos_token_ids)
+
+    @property
+    def has_work(self) -> bool:
+        """Some request has not finished."""
+        return self.scheduler.has_work
+
+    def add(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> Request:
+        """Queue a prompt.
+
+        Args:
+            prompt_token_ids: at least one id; must leave room in the context for one more.
+            params: how to sample and when to end.
+
+        Returns:
+            The request; `step` fills it.
+
+        Raises:
+            RequestError: an id is out of range, or the prompt is empty or too long.
+        """
+        token_ids = self.check_token_ids(prompt_token_ids)
+        if len(token_ids) >= self.context_tokens:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens",
+                needed=f"fewer than the context's {self.context_tokens}",
+                remedy="shorten it or raise the context",
+            )
+        request = Request(
+            self._num_requests,
+            token_ids,
+            params,
+            eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
+            max_tokens=self.context_tokens,
+            stream=self.tokenizer.stream() if params.detokenize else None,
+        )
+        self._num_requests += 1
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> list[Request]:
+        """Compute one batch and give every request that is due a token.
+
+        Returns:
+            The requests that got one, finished or not; empty while only parts of prompts were computed.
+        """
+        scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return []
+        logits = self.runner.forward(gather(scheduled))
+        return self._postprocess(scheduled, logits)
+
+    def abort(self, request: Request) -> None:
+        """Stop a request, waiting or running, and free its pages. Harmless on a finished one.
+
+        Args:
+            request: one that `add` returned.
+        """
+        request.finish("abort")
+        self.scheduler.remove(request)
+
+    def logits(self, token_ids: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Compute the logits of every position of one text, piece by piece, beside whatever else runs.
+
+        Args:
+            token_ids: at least one id, at most the context.
+
+        Yields:
+            Index of the first position and float32 [n, V]; the array is valid until the next piece.
+
+        Raises:
+            RequestError: an id is out of range, the text is empty or too long, or running requests hold its pages.
+        """
+        ids = np.array(self.check_token_ids(token_ids), dtype=np.int32)
+        if len(ids) > self.context_tokens:
+            raise RequestError(f"the text has {len(ids)} tokens", needed=f"at most the context's {self.context_tokens}")
+        pages = self.allocator.allocate(self.allocator.pages_for(len(ids)))
+        if pages is None:
+            raise RequestError(
+                f"only {self.allocator.num_free} cache pages are free",
+                needed=f"{self.allocator.pages_for(len(ids))} for the text",
+                remedy="wait until running requests have finished",
+            )
+        page_tables = np.array([pages], dtype=np.int32)
+        num_rows = min(MAX_LOGIT_ROWS, self.scheduler.max_rows)
+        try:
+            for start in range(0, len(ids), num_rows):
+                piece = ids[start : start + num_rows]
+                positions = np.arange(start, start + len(piece), dtype=np.int32)
+                row_starts = np.array([0, len(piece)], dtype=np.int32)
+                logit_rows = np.arange(len(piece), dtype=np.int32)
+                yield start, self.runner.forward(Batch(piece, positions, row_starts, page_tables, logit_rows))
+        finally:
+            self.allocator.release(pages)
+
+    def check_token_ids(self, token_ids: Sequence[int]) -> list[int]:
+        """Check ids from outside.
+
+        Args:
+            token_ids: whole numbers (numpy's too).
+
+        Returns:
+            The same as a list of int.
+
+        Raises:
+            RequestError: there are none, or one is no whole number or outside the vocabulary.
+        """
+        vocab_size = self.files.shape.vocab_size
+        try:
+            ids = list(map(operator.index, token_ids))
+        except TypeError as error:
+            raise RequestError(f"token ids of the wrong kind ({error})", needed="whole numbers") from error
+        if not ids:
+            raise RequestError("the prompt has no tokens", needed="at least one")
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            bad = next(i for i in ids if not 0 <= i < vocab_size)
+            raise RequestError(f"token id {bad} is out of range", needed=f"0 to {vocab_size - 1}")
+        return ids
+
+    def close(self) -> None:
+        """Drop all requests and free the runner. May be called twice."""
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.abort(request)
+        self.runner.close()
+
+    def _postprocess(self, scheduled: list[Request], logits: np.ndarray) -> list[Request]:
+        """Advance every request by its rows, sample for those that are complete and retire the finished."""
+        for request in scheduled:
+            request.num_computed += request.num_scheduled
+        due = [request for request in scheduled if request.num_computed == len(request.token_ids)]
+        if not due:
+            return due
+        tokens = sample(logits, due)
+        now_s = time.perf_counter()
+        for request, token_id in zip(due, tokens, strict=True):
+            request.accept(token_id, now_s)
+            if request.finished:
+                self.scheduler.remove(request)
+        return due

@@ -1,0 +1,103 @@
+"""Where the engine gets its plan from: a new one for the opened model, or a given one that is checked against it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dseek.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dseek.hardware.machine import Machine
+    from dseek.models.files import ModelFiles
+    from dseek.plan.objective import ObjectiveKind
+    from dseek.plan.plan import Plan
+
+DEFAULT_CONTEXT_TOKENS = 4096
+"""Context of a plan that nobody asked a length of, where the model claims at least so much."""
+
+
+def make_plan(
+    files: ModelFiles,
+    *,
+    precision: str | None,
+    context: int | None,
+    threads: int | None,
+    batch: int,
+    objective: ObjectiveKind,
+    max_quality_loss: float | None,
+    memory_limit_bytes: int | None,
+    machine: Machine | None,
+) -> Plan:
+    """Plan the run of an opened model; the arguments are those of `load`.
+
+    Args:
+        files: the opened model.
+        precision: see `load`.
+        context: see `load`.
+        threads: see `load`.
+        batch: see `load`.
+        objective: see `load`.
+        max_quality_loss: see `load`.
+        memory_limit_bytes: see `load`.
+        machine: see `load`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        DseekError: an option is wrong, or memory would not suffice.
+    """
+    from dseek import plan as planning
+    from dseek.plan.objective import DEFAULT_QUALITY_LOSS
+
+    wanted = planning.Objective(
+        kind=objective,
+        context_tokens=context or min(files.shape.max_position_embeddings, DEFAULT_CONTEXT_TOKENS),
+        batch=batch,
+        max_quality_loss=DEFAULT_QUALITY_LOSS if max_quality_loss is None else max_quality_loss,
+        memory_limit_bytes=memory_limit_bytes,
+    )
+    return planning.make(
+        files.shape,
+        machine or planning.this_machine(),
+        wanted,
+        encodings=files.encodings(),
+        model=files.name,
+        precision=precision,
+        num_threads=threads,
+    )
+
+
+def given_plan(
+    plan: Plan | str | Path, files: ModelFiles, *, precision: str | None, context: int | None, threads: int | None
+) -> Plan:
+    """Read a plan if need be and check it.
+
+    Args:
+        plan: a plan or the file of one.
+        files: the opened model.
+        precision: what was asked for beside the plan, or None.
+        context: what was asked for beside the plan, or None.
+        threads: what was asked for beside the plan, or None.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: it cannot be read, is for another model, or says something else than was asked for.
+    """
+    if isinstance(plan, (str, Path)):
+        from dseek import plan as planning
+
+        plan = planning.load(plan)
+    plan.check_model(files.shape)
+    decided = {"precision": plan.precision, "context": plan.context_tokens, "threads": plan.num_threads}
+    asked = {"precision": precision, "context": context, "threads": threads}
+    for name, value in asked.items():
+        if value is not None and value not in (decided[name], "auto"):
+            raise ConfigError(
+                f"{name} {value} contradicts the plan, which says {decided[name]}",
+                remedy=f"leave out {name} or the plan",
+            )
+    return plan

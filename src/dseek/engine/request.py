@@ -1,0 +1,239 @@
+"""`Request`: one prompt on its way through the engine, its sampling parameters and what comes out.
+
+A request is a mutable record that the scheduler and the engine fill; a user reads `Request.take_text()` while it runs
+and `Request.output()` when it is done. Token ids, not text, are what the engine works on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from dseek.core.errors import RequestError
+from dseek.engine.sampler import Sampler
+from dseek.engine.text import TextAssembler
+
+MAX_SEED = 2**63 - 1
+"""Largest seed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen and when an answer ends; checked when it is made.
+
+    The filters work as in Hugging Face `generate`: repetition penalty, temperature, top-k, top-p, min-p, in this order.
+    """
+
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the likeliest token and ignores the filters."""
+    top_k: int = 0
+    """Keep the k likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens until their probabilities sum to p; 1 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than p times the likeliest; 0 keeps all."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens already in prompt or answer are divided by it (multiplied where negative); greedy too."""
+    seed: int | None = None
+    """Makes the answer repeatable, whatever else runs beside it; None draws a fresh seed."""
+    max_new_tokens: int = 128
+    """Longest answer in tokens; the context may end it earlier."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; none of them becomes part of it."""
+    ignore_eos: bool = False
+    """Go on past the model's end token (for measurements)."""
+    detokenize: bool = True
+    """Make text of the tokens; False saves the work where only ids matter."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        _require(0 < self.repetition_penalty < float("inf"), "repetition_penalty", self.repetition_penalty, "above 0")
+        _require(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", self.seed, f"from 0 to {MAX_SEED}")
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(not isinstance(self.stop, str), "stop", self.stop, "a tuple of texts")
+        _require(all(self.stop), "stop", self.stop, "texts that are not empty")
+        _require(self.detokenize or not self.stop, "stop", self.stop, "detokenize=True, stop texts need the text")
+
+
+def _require(holds: bool, name: str, value: object, needed: str) -> None:
+    """Raise a `RequestError` about a sampling parameter unless the condition holds."""
+    if not holds:
+        raise RequestError(f"{name} is {value!r}", needed=needed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestOutput:
+    """A finished (or stopped) request."""
+
+    request_id: int
+    """Number of the request in its engine, counted from 0."""
+    prompt_token_ids: tuple[int, ...]
+    """The prompt as the model saw it."""
+    token_ids: tuple[int, ...]
+    """The answer, with the end token if the model produced one."""
+    text: str
+    """The answer without special tokens and without the stop text."""
+    finish_reason: str
+    """stop (end token or stop text), length (answer or context full) or abort."""
+    first_token_s: float
+    """Seconds from the request's arrival to its first token; 0 if there is none."""
+    decode_s: float
+    """Seconds from the first token to the last."""
+
+    @property
+    def prefill_tokens_s(self) -> float:
+        """Prompt tokens a second until the first token (waiting for other requests included)."""
+        return len(self.prompt_token_ids) / self.first_token_s if self.first_token_s > 0 else 0.0
+
+    @property
+    def decode_tokens_s(self) -> float:
+        """Tokens a second after the first one; 0 for an answer of one token."""
+        return (len(self.token_ids) - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+
+class TokenStream(Protocol):
+    """Turns ids into text that is final (`dseek.models.tokenizer` makes them)."""
+
+    def push(self, token_id: int) -> str:
+        """Take one id and return the text that can no longer change."""
+
+    def flush(self) -> str:
+        """Return what was held back."""
+
+
+class Request:
+    """The state of one prompt in the engine.
+
+    Args:
+        request_id: number in its engine.
+        prompt_token_ids: checked ids, at least one.
+        params: how to sample and when to end.
+        eos_token_ids: ids that end the answer.
+        max_tokens: prompt and answer together may not become longer.
+        stream: makes text of the answer's ids; None makes no text.
+    """
+
+    __slots__ = (
+        "_assembler",
+        "_stream",
+        "arrival_s",
+        "eos_token_ids",
+        "finish_reason",
+        "first_token_s",
+        "last_token_s",
+        "max_tokens",
+        "num_computed",
+        "num_prompt_tokens",
+        "num_scheduled",
+        "page_table",
+        "pages",
+        "params",
+        "request_id",
+        "sampler",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        eos_token_ids: frozenset[int],
+        max_tokens: int,
+        stream: TokenStream | None,
+    ) -> None:
+        self.request_id = request_id
+        self.token_ids: list[int] = list(prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.params = params
+        self.sampler = Sampler(params)
+        self.eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
+        self.max_tokens = min(max_tokens, self.num_prompt_tokens + params.max_new_tokens)
+        self.num_computed = 0
+        """Tokens whose keys and values are in the cache."""
+        self.num_scheduled = 0
+        """Rows of this request in the step that is running."""
+        self.pages: list[int] = []
+        self.page_table = np.empty(0, dtype=np.int32)
+        """int32 [P], the same pages as a row of `Batch.page_tables`."""
+        self.finish_reason: str | None = None
+        self.arrival_s = time.perf_counter()
+        self.first_token_s = 0.0
+        self.last_token_s = 0.0
+        self._stream = stream
+        self._assembler = TextAssembler(params.stop)
+
+    @property
+    def finished(self) -> bool:
+        """No more tokens will come."""
+        return self.finish_reason is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompt and answer so far."""
+        return len(self.token_ids)
+
+    def accept(self, token_id: int, now_s: float) -> None:
+        """Append a sampled token, make its text and decide whether the answer ends here.
+
+        Args:
+            token_id: the new token.
+            now_s: clock reading of `time.perf_counter`.
+        """
+        self.token_ids.append(token_id)
+        self.last_token_s = now_s
+        if not self.first_token_s:
+            self.first_token_s = now_s
+        if token_id in self.eos_token_ids:
+            self.finish("stop")
+            return
+        if self._stream is not None and self._assembler.push(self._stream.push(token_id)):
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.max_tokens:
+            self.finish("length")
+
+    def finish(self, reason: str) -> None:
+        """End the request and release the text that was held back; does nothing if it has ended already.
+
+        Args:
+            reason: stop, length or abort.
+        """
+        if self.finish_reason is not None:
+            return
+        rest = self._stream.flush() if self._stream is not None else ""
+        stopped = self._assembler.push(rest)
+        self._assembler.flush()
+        self.finish_reason = "stop" if stopped else reason
+
+    def take_text(self) -> str:
+        """Return the text that became final since the last call.
+
+        Returns:
+            A piece of the answer, perhaps empty; never part of a stop text, never half a character.
+        """
+        return self._assembler.take()
+
+    def output(self) -> RequestOutput:
+        """Sum the request up.
+
+        Returns:
+            The prompt, the answer so far and how long it took; `finish_reason` is abort if it has not ended.
+        """
+        answered = self.first_token_s > 0
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt_token_ids=tuple(self.token_ids[: self.num_prompt_tokens]),
+            token_ids=tuple(self.token_ids[self.num_prompt_tokens :]),
+            text=self._assembler.text,
+            finish_reason=self.finish_reason or "abort",
+            first_token_s=self.first_token_s - self.arrival_s if answered else 0.0,
+            decode_s=self.last_token_s - self.first_token_s if answered else 0.0,
+        )

@@ -1,0 +1,39 @@
+"""`Runner`: the interface between the engine's loop and whatever computes the model.
+
+A runner owns the weights and the paged key/value cache. The engine owns which page belongs to which sequence
+(`dseek.engine.cache`); it tells the runner by the batch's page tables, so a runner keeps no state a sequence.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from dseek.engine.batch import Batch
+
+
+class Runner(ABC):
+    """Computes batches of rows against a paged cache.
+
+    One thread at a time may call it. `forward` mutates the cache pages named by the batch and nothing else.
+    """
+
+    num_pages: int
+    """Pages in the cache, set by the constructor; page indices run from 0 to `num_pages - 1`."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Compute every row of a batch and return the logits of the rows asked for.
+
+        Args:
+            batch: the rows; keys and values of all of them are written to their pages.
+
+        Returns:
+            float32 [L, V], one row for each of `batch.logit_rows` ([0, V] when there are none). The array may be a
+            buffer that the next call overwrites; a caller that keeps logits copies them.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the weights and the cache; the runner is of no use afterwards. May be called twice."""

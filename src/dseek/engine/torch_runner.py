@@ -1,0 +1,168 @@
+"""`TorchRunner`: runs batches on PyTorch, where there are no native kernels or the device is not the CPU.
+
+The linear layers work on the rows of all sequences together, as the native runner's do; attention goes sequence by
+sequence over keys and values gathered from their pages. R rows, T rows of one sequence, S its positions so far, P
+pages, D model width, H query heads, G key and value heads, d head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dseek.core.errors import ConfigError
+from dseek.engine.batch import Batch
+from dseek.engine.runner import Runner
+from dseek.models.decoder import Attention, Block, Decoder
+from dseek.ops.attention.reference import visible
+from dseek.ops.attention.rotary import rotate
+
+if TYPE_CHECKING:
+    from dseek.models.files import ModelFiles
+    from dseek.plan.plan import Plan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions that PyTorch runs, and their dtype."""
+
+
+class TorchRunner(Runner):
+    """Computes batches with a `Decoder`'s modules and a paged cache in tensors.
+
+    Args:
+        decoder: the model; its dtype and device are those of the run and of the cache.
+        num_pages: pages of the cache.
+        page_tokens: positions a page holds.
+    """
+
+    def __init__(self, decoder: Decoder, *, num_pages: int, page_tokens: int) -> None:
+        self.num_pages = num_pages
+        self.page_tokens = page_tokens
+        self._decoder: Decoder | None = decoder.eval()
+        shape = decoder.shape
+        weight = decoder.model.embed_tokens.weight
+        size = (shape.num_layers, num_pages * page_tokens, shape.num_kv_heads, shape.head_dim)
+        self._keys_LSGd = torch.zeros(size, dtype=weight.dtype, device=weight.device)
+        self._values_LSGd = torch.zeros_like(self._keys_LSGd)
+
+    @classmethod
+    def from_files(cls, files: ModelFiles, plan: Plan, device: torch.device | str = "cpu") -> TorchRunner:
+        """Load the weights and make the cache that a plan asks for.
+
+        Args:
+            files: the opened model.
+            plan: precision, threads, pages.
+            device: where to run.
+
+        Returns:
+            The runner.
+
+        Raises:
+            ConfigError: the plan's precision needs the native kernels.
+        """
+        if plan.precision not in DTYPES:
+            raise ConfigError(
+                f"precision {plan.precision} on PyTorch",
+                needed="one of " + ", ".join(DTYPES),
+                remedy="build the native kernels, or choose one of these",
+            )
+        torch.set_num_threads(plan.num_threads)
+        decoder = Decoder.from_files(files, DTYPES[plan.precision], device)
+        return cls(decoder.requires_grad_(False), num_pages=plan.num_pages, page_tokens=plan.page_tokens)
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Compute every row of a batch; see `Runner.forward`.
+
+        Args:
+            batch: the rows.
+
+        Returns:
+            float32 [L, V].
+        """
+        assert self._decoder is not None, "the runner is closed"
+        model = self._decoder.model
+        sequences = [_Sequence(batch, index, self.page_tokens) for index in range(batch.num_sequences)]
+
+        # 1. Embed the rows and rotate by their positions (some rotations depend on a sequence's length).
+        x_RD = model.embed_tokens(self._tensor(batch.token_ids))
+        rotations = [model.rotary_emb(self._tensor(sequence.positions), x_RD.dtype) for sequence in sequences]
+        rotation = (torch.cat([cos for cos, _ in rotations]), torch.cat([sin for _, sin in rotations]))
+
+        # 2. The blocks. New keys and values go to the rows' own slots, then each sequence reads all of its slots.
+        slots_R = self._tensor(np.concatenate([sequence.slots[sequence.first :] for sequence in sequences]))
+        for layer, block in enumerate(model.layers):
+            assert isinstance(block, Block)
+            attention = block.self_attn
+            q_RHd, k_RGd, v_RGd = _project(attention, block.input_layernorm(x_RD), rotation)
+            self._keys_LSGd[layer, slots_R] = k_RGd
+            self._values_LSGd[layer, slots_R] = v_RGd
+            window = self._window(layer)
+            mixed = [self._attend(layer, q_RHd[sequence.rows], sequence, window) for sequence in sequences]
+            x_RD = x_RD + attention.o_proj(torch.cat(mixed))
+            x_RD = x_RD + block.mlp(block.post_attention_layernorm(x_RD))
+
+        # 3. The head, for the rows whose logits are wanted.
+        wanted = model.norm(x_RD[self._tensor(batch.logit_rows)])
+        return self._decoder.lm_head(wanted).float().cpu().numpy()
+
+    def close(self) -> None:
+        """Free the weights and the cache."""
+        self._decoder = None
+        self._keys_LSGd = self._values_LSGd = torch.empty(0)
+
+    def _attend(self, layer: int, q_THd: torch.Tensor, sequence: _Sequence, window: int | None) -> torch.Tensor:
+        """Let a sequence's rows attend to all of it up to themselves; gives [T, H d]."""
+        slots_S = self._tensor(sequence.slots)
+        k_GSd = self._keys_LSGd[layer, slots_S].transpose(0, 1)
+        v_GSd = self._values_LSGd[layer, slots_S].transpose(0, 1)
+        mask_TS = None
+        is_causal = sequence.first == 0 and window is None and len(q_THd) > 1
+        if not is_causal and (len(q_THd) > 1 or window is not None):
+            key_positions = torch.arange(len(slots_S), device=q_THd.device)
+            mask_TS = visible(self._tensor(sequence.positions), key_positions, window)
+        out_1HTd = F.scaled_dot_product_attention(
+            q_THd.transpose(0, 1)[None],
+            k_GSd[None],
+            v_GSd[None],
+            attn_mask=mask_TS,
+            is_causal=is_causal,
+            enable_gqa=q_THd.shape[1] != k_GSd.shape[0],
+        )
+        return out_1HTd[0].transpose(0, 1).flatten(1)
+
+    def _window(self, layer: int) -> int | None:
+        """The layer's sliding window, or None."""
+        assert self._decoder is not None
+        shape = self._decoder.shape
+        return shape.sliding_window if shape.window_layers is None or shape.window_layers[layer] else None
+
+    def _tensor(self, indices: np.ndarray) -> torch.Tensor:
+        """Bring indices to the device."""
+        return torch.from_numpy(indices).to(device=self._keys_LSGd.device, dtype=torch.int64)
+
+
+class _Sequence:
+    """Where one sequence of a batch lies: its rows, their positions, and the cache slots of all its positions."""
+
+    __slots__ = ("first", "positions", "rows", "slots")
+
+    def __init__(self, batch: Batch, index: int, page_tokens: int) -> None:
+        self.rows = slice(int(batch.row_starts[index]), int(batch.row_starts[index + 1]))
+        self.positions = batch.positions[self.rows]
+        self.first = int(self.positions[0])
+        all_positions = np.arange(int(self.positions[-1]) + 1)
+        pages = batch.page_tables[index, all_positions // page_tokens].astype(np.int64)
+        self.slots = pages * page_tokens + all_positions % page_tokens
+
+
+def _project(
+    attention: Attention, x_RD: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Make rotated queries [R, H, d], rotated keys [R, G, d] and values [R, G, d]."""
+    heads = (1, len(x_RD), -1, attention.head_dim)
+    q_1RHd = rotate(attention.q_norm(attention.q_proj(x_RD).view(heads)), *rotation)
+    k_1RGd = rotate(attention.k_norm(attention.k_proj(x_RD).view(heads)), *rotation)
+    return q_1RHd[0], k_1RGd[0], attention.v_proj(x_RD).view(heads)[0]

@@ -1,0 +1,29 @@
+// AMX int8 and bf16 tiles (Sapphire Rapids and later), with the AVX-512 kernels for what tiles do not help.
+#define DSEEK_VARIANT amx
+#include "../avx512/cache.h"
+#include "../avx512/rows.h"
+#include "../common/pack.h"
+#include "attention.h"
+#include "linear.h"
+
+namespace dseek {
+
+const KernelTable& amx_kernels() {
+    using namespace amx;
+    static const KernelTable table{
+        .name = "amx",
+        .rms_norm = rms_norm,
+        .rotary = rotary,
+        .prepare_row = prepare_row_avx512,
+        .row_kind = row_kind_portable,
+        .linear = linear_amx,
+        .store_tokens = store_tokens_512,
+        .attention = attention_512<MultiplyTiles>,
+        .read_bytes = read_bytes,
+        .pack_panel = pack_panel,
+        .unpack_channel = unpack_channel,
+    };
+    return table;
+}
+
+}  // namespace dseek

@@ -1,0 +1,152 @@
+// Linear kernels for AMX: 32 rows x 32 channels in four accumulator tiles, int8 and bf16.
+//
+// The packed panels are tiles as they stand: sixteen steps of a panel are 1 KiB in the order that a B tile wants.
+// Accumulators go through a small buffer to the vector side, where scales, bias and the epilogue are applied.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../avx512/linear.h"
+
+namespace dseek {
+namespace DSEEK_VARIANT {
+
+constexpr int kTileRows16 = 16;
+constexpr int kTileBytes = 64;  // a tile row
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1;
+    uint8_t start_row = 0;
+    uint8_t reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Tile registers are state of a thread: set up before use, given back after, so that the thread's other work does not
+// carry them through every context switch.
+class TileSession {
+public:
+    TileSession() {
+        TileConfig config;
+        for (int tile = 0; tile < 8; ++tile) {
+            config.row_bytes[tile] = kTileBytes;
+            config.rows[tile] = kTileRows16;
+        }
+        _tile_loadconfig(&config);
+    }
+    ~TileSession() { _tile_release(); }
+};
+
+struct Int8Product {
+    using Value = uint8_t;
+    static constexpr int kInputs = 64;  // of one tile step
+
+    // The compiler's tile intrinsics take register numbers as literals only: one function a quarter of the block.
+    static void multiply_top_left() { _tile_dpbusd(0, 4, 6); }
+    static void multiply_top_right() { _tile_dpbusd(1, 4, 7); }
+    static void multiply_bottom_left() { _tile_dpbusd(2, 5, 6); }
+    static void multiply_bottom_right() { _tile_dpbusd(3, 5, 7); }
+    static f32x16 finish(const LinearCall& call, int row, int panel, const void* sums) {
+        return lanes(scale_channels(*call.weight, panel, _mm512_load_si512(sums), call.rows->scale[row]));
+    }
+};
+
+struct Bf16Product {
+    using Value = uint16_t;
+    static constexpr int kInputs = 32;
+
+    // The compiler's tile intrinsics take register numbers as literals only: one function a quarter of the block.
+    static void multiply_top_left() { _tile_dpbf16ps(0, 4, 6); }
+    static void multiply_top_right() { _tile_dpbf16ps(1, 4, 7); }
+    static void multiply_bottom_left() { _tile_dpbf16ps(2, 5, 6); }
+    static void multiply_bottom_right() { _tile_dpbf16ps(3, 5, 7); }
+    static f32x16 finish(const LinearCall&, int, int, const void* sums) { return lanes(_mm512_load_ps(sums)); }
+};
+
+// One block of up to 32 rows and two panels. Rows past the end are read (the row buffers are padded) and dropped.
+template <class Product, bool kTwoRowTiles, bool kTwoPanels>
+void amx_block(const LinearCall& call, const uint8_t* panels, int row, int panel) {
+    const Linear& weight = *call.weight;
+    using Value = typename Product::Value;
+    const size_t a_stride = call.rows->stride * sizeof(Value);
+    const uint8_t* a0 = reinterpret_cast<const uint8_t*>(call.rows->template row<Value>(row));
+    const uint8_t* a1 = a0 + kTileRows16 * a_stride;
+    const size_t panel_size = static_cast<size_t>(weight.k_padded) * kPanel * sizeof(Value);
+    const uint8_t* b0 = panels + static_cast<size_t>(panel - call.panel_begin) * panel_size;
+    const uint8_t* b1 = b0 + panel_size;
+    const int steps = weight.k_padded / Product::kInputs;
+    _tile_zero(0);
+    if constexpr (kTwoPanels) _tile_zero(1);
+    if constexpr (kTwoRowTiles) _tile_zero(2);
+    if constexpr (kTwoRowTiles && kTwoPanels) _tile_zero(3);
+    for (int step = 0; step < steps; ++step) {
+        _tile_loadd(4, a0 + step * kTileBytes, a_stride);
+        _tile_loadd(6, b0 + step * 1024, kTileBytes);
+        Product::multiply_top_left();
+        if constexpr (kTwoPanels) {
+            _tile_loadd(7, b1 + step * 1024, kTileBytes);
+            Product::multiply_top_right();
+        }
+        if constexpr (kTwoRowTiles) {
+            _tile_loadd(5, a1 + step * kTileBytes, a_stride);
+            Product::multiply_bottom_left();
+            if constexpr (kTwoPanels) Product::multiply_bottom_right();
+        }
+    }
+    alignas(64) static thread_local uint8_t sums[4][1024];
+    _tile_stored(0, sums[0], kTileBytes);
+    if constexpr (kTwoPanels) _tile_stored(1, sums[1], kTileBytes);
+    if constexpr (kTwoRowTiles) _tile_stored(2, sums[2], kTileBytes);
+    if constexpr (kTwoRowTiles && kTwoPanels) _tile_stored(3, sums[3], kTileBytes);
+    constexpr int kPanels = kTwoPanels ? 2 : 1;
+    const int rows = std::min(kTwoRowTiles ? 32 : 16, call.row_end - row);
+    for (int r = 0; r < rows; ++r) {
+        f32x16 product[kPanels];
+        for (int p = 0; p < kPanels; ++p) {
+            product[p] = Product::finish(call, row + r, panel + p, sums[r / 16 * 2 + p] + r % 16 * kTileBytes);
+        }
+        finish_row(call, row + r, panel, kPanels, product);
+    }
+}
+
+template <class Product, bool kTwoPanels>
+void amx_rows(const LinearCall& call, const uint8_t* panels, int panel) {
+    int row = call.row_begin;
+    for (; row + 16 < call.row_end; row += 32) amx_block<Product, true, kTwoPanels>(call, panels, row, panel);
+    if (row < call.row_end) amx_block<Product, false, kTwoPanels>(call, panels, row, panel);
+}
+
+// `panels` points at panel_begin's data.
+template <class Product>
+void amx_product(const LinearCall& call, const uint8_t* panels) {
+    int panel = call.panel_begin;
+    for (; panel + 2 <= call.panel_end; panel += 2) amx_rows<Product, true>(call, panels, panel);
+    if (panel < call.panel_end) amx_rows<Product, false>(call, panels, panel);
+}
+
+inline void linear_amx(const LinearCall& call) {
+    constexpr int kFewRows = 6;  // a vector tile is as fast up to here, and reads nothing twice
+    const Linear& weight = *call.weight;
+    const bool grouped = weight.format == Format::i8g || weight.format == Format::i4g;
+    const bool wide = weight.format == Format::f32 || weight.format == Format::f16;
+    if (wide || call.row_end - call.row_begin <= kFewRows || (grouped && call.rows->kind == RowKind::group_s8)) {
+        linear_avx512(call);
+        return;
+    }
+    const TileSession session;
+    if (weight.format == Format::i8c) {
+        amx_product<Int8Product>(call, weight.panel(call.panel_begin));
+    } else if (weight.format == Format::bf16) {
+        amx_product<Bf16Product>(call, weight.panel(call.panel_begin));
+    } else {
+        linear_widened(
+            call, 2,
+            [](const LinearCall& part, const uint16_t* panels) {
+                amx_product<Bf16Product>(part, reinterpret_cast<const uint8_t*>(panels));
+            },
+            widen_panel_512);
+    }
+}
+
+}  // namespace DSEEK_VARIANT
+}  // namespace dseek

@@ -1,0 +1,28 @@
+// AVX2 with FMA and F16C: the portable source compiled for 32-byte registers, with a byte dot product of its own.
+#define DSEEK_VARIANT avx2
+#include "../common/attention_portable.h"
+#include "../common/linear_portable.h"
+#include "../common/pack.h"
+#include "../common/rows.h"
+
+namespace dseek {
+
+const KernelTable& avx2_kernels() {
+    using namespace avx2;
+    static const KernelTable table{
+        .name = "avx2",
+        .rms_norm = rms_norm,
+        .rotary = rotary,
+        .prepare_row = prepare_row,
+        .row_kind = row_kind_portable,
+        .linear = linear_portable,
+        .store_tokens = store_tokens,
+        .attention = attention_portable,
+        .read_bytes = read_bytes,
+        .pack_panel = pack_panel,
+        .unpack_channel = unpack_channel,
+    };
+    return table;
+}
+
+}  // namespace dseek

@@ -1,0 +1,435 @@
+// Attention over the paged bf16 or int8 cache with AVX-512: a strip of sixteen queries against a page of 64 keys.
+//
+// The page layouts are those of a packed weight, so scores (queries x keys) and outputs (weights x values) are both
+// small matrix products; who computes them (`Multiply`) is the variant's choice. The rest is here: masks, the running
+// maximum with a rescale only where it grew, base-2 exponentials, bf16 weights.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "../common/attention_portable.h"
+#include "linear.h"
+
+namespace dseek {
+namespace DSEEK_VARIANT {
+
+constexpr int kStrip = 16;  // queries
+
+// Score of a key that a query may not see: finite, so that differences are never NaN, and so low that its weight is 0
+// beside any real score. A row that has met only such keys holds a sum of no meaning, which its first real key's
+// rescale sets to 0; every row sees at least itself.
+constexpr float kMasked = -1e30f;
+
+// 2^x for x <= 0, relative error 8e-5: a fiftieth of a bf16 step. Least-maximum fit of degree 3 on [-1/2, 1/2].
+inline __m512 exp2_for_bf16(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 fraction = _mm512_sub_ps(x, whole);
+    __m512 result = _mm512_set1_ps(0.0551715364f);
+    result = _mm512_fmadd_ps(result, fraction, _mm512_set1_ps(0.242611112f));
+    result = _mm512_fmadd_ps(result, fraction, _mm512_set1_ps(0.69326101f));
+    result = _mm512_fmadd_ps(result, fraction, _mm512_set1_ps(0.999928075f));
+    return _mm512_scalef_ps(result, whole);
+}
+
+// Lane i becomes the maximum of the lanes of rows[i]: a transpose that keeps only maxima.
+inline __m512 row_maxima(__m512* rows) {
+    const auto merge = [](__m512 a, __m512 b, auto pick_low, auto pick_high) {
+        return _mm512_max_ps(pick_low(a, b), pick_high(a, b));
+    };
+    __m512 pairs[8], fours[4], eights[2];
+    for (int i = 0; i < 8; ++i) {  // rows i and i + 8: halves of 256 bits
+        pairs[i] = merge(rows[i], rows[i + 8], [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x44); },
+                         [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0xee); });
+    }
+    for (int i = 0; i < 4; ++i) {  // rows i and i + 4: quarters of 128 bits
+        fours[i] = merge(pairs[i], pairs[i + 4], [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x88); },
+                         [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0xdd); });
+    }
+    for (int i = 0; i < 2; ++i) {
+        eights[i] = merge(fours[i], fours[i + 2], [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0x44); },
+                          [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0xee); });
+    }
+    const __m512 all = merge(eights[0], eights[1], [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0x88); },
+                             [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0xdd); });
+    // Quarter q of `all` holds rows (0 or 8) + (0 or 4) by q, and inside it rows + 0, 2, 1, 3.
+    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    return _mm512_permutexvar_ps(order, all);
+}
+
+// 32 int8 values, in order, as 32 bf16 values (exact).
+inline __m512i widen_int8(const int8_t* source) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+}
+
+inline void widen_int8_page(const int8_t* source, size_t count, uint16_t* out) {
+    for (size_t i = 0; i < count; i += 32) _mm512_storeu_si512(out + i, widen_int8(source + i));
+}
+
+// One page in bf16, with the factors that int8 leaves to be applied.
+struct WidePage {
+    const uint16_t* keys;
+    const uint16_t* values;
+    const float* key_scales;    // null for bf16
+    const float* value_scales;  // null for bf16
+
+    WidePage(const CacheLayout& layout, const uint8_t* page, uint16_t* room) {
+        keys = reinterpret_cast<const uint16_t*>(page);
+        values = reinterpret_cast<const uint16_t*>(page + layout.value_offset);
+        key_scales = value_scales = nullptr;
+        if (layout.type != CacheType::int8) return;
+        const size_t count = static_cast<size_t>(layout.head_dim) * kPageTokens;
+        widen_int8_page(reinterpret_cast<const int8_t*>(page), 2 * count, room);
+        keys = room;
+        values = room + count;
+        key_scales = reinterpret_cast<const float*>(page + layout.scale_offset);
+        value_scales = key_scales + kPageTokens;
+    }
+};
+
+// Products of a strip with AVX-512: c[rows][16 * vectors] (+)= a[rows][2 * steps] x b[steps][16 * vectors][2].
+struct Multiply512 {
+    template <int kRows, int kVectors>
+    static void tile(const uint16_t* a, size_t a_stride, const uint16_t* b, size_t b_stride, int steps, float* c,
+                     size_t c_stride, bool accumulate) {
+        __m512 acc[kRows][kVectors];
+        for (int r = 0; r < kRows; ++r) {
+            for (int v = 0; v < kVectors; ++v) {
+                acc[r][v] = accumulate ? _mm512_loadu_ps(c + r * c_stride + v * 16) : _mm512_setzero_ps();
+            }
+        }
+        for (int i = 0; i < steps; ++i) {
+            __m512bh value[kVectors];
+            for (int v = 0; v < kVectors; ++v) {
+                value[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + i * b_stride + v * 32));
+            }
+            for (int r = 0; r < kRows; ++r) {
+                const auto inputs = reinterpret_cast<__m512bh>(broadcast4(a + r * a_stride + i * 2));
+                for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], inputs, value[v]);
+            }
+        }
+        for (int r = 0; r < kRows; ++r) {
+            for (int v = 0; v < kVectors; ++v) _mm512_storeu_ps(c + r * c_stride + v * 16, acc[r][v]);
+        }
+    }
+
+    template <int kVectors>
+    static void rows(const uint16_t* a, size_t a_stride, const uint16_t* b, size_t b_stride, int steps, float* c,
+                     size_t c_stride, bool accumulate) {
+        tile<6, kVectors>(a, a_stride, b, b_stride, steps, c, c_stride, accumulate);
+        tile<6, kVectors>(a + 6 * a_stride, a_stride, b, b_stride, steps, c + 6 * c_stride, c_stride, accumulate);
+        tile<4, kVectors>(a + 12 * a_stride, a_stride, b, b_stride, steps, c + 12 * c_stride, c_stride, accumulate);
+    }
+
+    // `columns` is a multiple of 16; strides count elements.
+    static void strip(const uint16_t* a, size_t a_stride, const uint16_t* b, size_t b_stride, int steps, float* c,
+                      size_t c_stride, int columns, bool accumulate) {
+        int column = 0;
+        for (; column + 64 <= columns; column += 64) {
+            rows<4>(a, a_stride, b + column * 2, b_stride, steps, c + column, c_stride, accumulate);
+        }
+        for (; column < columns; column += 16) {
+            rows<1>(a, a_stride, b + column * 2, b_stride, steps, c + column, c_stride, accumulate);
+        }
+    }
+
+    struct Session {};  // nothing to set up
+};
+
+// Queries of one head against one page, for a strip of sixteen rows.
+struct Strip {
+    uint16_t* query;   // [16][d], scaled by log2(e) / sqrt(d)
+    float* out;        // [16][d], not normalised
+    float* largest;    // [16]
+    float* lane_sums;  // [16][16], sums kept lane by lane until the end
+};
+
+// Turns scores [16][64] into bf16 weights [16][64] and updates the strip's maximum, sums and output scale.
+inline void soften(const Strip& strip, const WidePage& page, float* scores, uint16_t* weights, int d, bool masked,
+                   int first_key, int first_position, int window) {
+    const __m512 hidden = _mm512_set1_ps(kMasked);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512 peaks[kStrip];
+    for (int r = 0; r < kStrip; ++r) {
+        float* row = scores + r * kPageTokens;
+        __m512 part[4];
+        for (int v = 0; v < 4; ++v) part[v] = _mm512_loadu_ps(row + v * 16);
+        if (page.key_scales != nullptr) {
+            for (int v = 0; v < 4; ++v) part[v] = _mm512_mul_ps(part[v], _mm512_loadu_ps(page.key_scales + v * 16));
+        }
+        if (masked) {
+            const int newest = first_position + r - first_key;  // in slots of this page
+            const int oldest = window > 0 ? newest - window + 1 : -1;
+            for (int v = 0; v < 4; ++v) {
+                const __m512i slot = _mm512_add_epi32(lane, _mm512_set1_epi32(v * 16));
+                const __mmask16 visible = _mm512_cmple_epi32_mask(slot, _mm512_set1_epi32(newest)) &
+                                          _mm512_cmpge_epi32_mask(slot, _mm512_set1_epi32(oldest));
+                part[v] = _mm512_mask_blend_ps(visible, hidden, part[v]);
+            }
+        }
+        if (masked || page.key_scales != nullptr) {
+            for (int v = 0; v < 4; ++v) _mm512_storeu_ps(row + v * 16, part[v]);
+        }
+        peaks[r] = _mm512_max_ps(_mm512_max_ps(part[0], part[1]), _mm512_max_ps(part[2], part[3]));
+    }
+    const __m512 before = _mm512_loadu_ps(strip.largest);
+    const __m512 largest = _mm512_max_ps(before, row_maxima(peaks));
+    const __mmask16 grown = _mm512_cmp_ps_mask(largest, before, _CMP_GT_OQ);
+    alignas(64) float bases[kStrip];
+    _mm512_store_ps(bases, largest);
+    if (grown != 0) {
+        _mm512_storeu_ps(strip.largest, largest);
+        alignas(64) float factors[kStrip];
+        _mm512_store_ps(factors, exp2_for_bf16(_mm512_max_ps(_mm512_sub_ps(before, largest), _mm512_set1_ps(-200.f))));
+        for (unsigned left = grown; left != 0; left &= left - 1) {
+            const int r = __builtin_ctz(left);
+            const __m512 factor = _mm512_set1_ps(factors[r]);
+            float* sums = strip.lane_sums + r * 16;
+            _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(sums), factor));
+            float* out = strip.out + static_cast<size_t>(r) * d;
+            for (int i = 0; i < d; i += 16) _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_loadu_ps(out + i), factor));
+        }
+    }
+    for (int r = 0; r < kStrip; ++r) {
+        const float* row = scores + r * kPageTokens;
+        const __m512 base_row = _mm512_set1_ps(bases[r]);
+        __m512 part[4];
+        for (int v = 0; v < 4; ++v) part[v] = exp2_for_bf16(_mm512_sub_ps(_mm512_loadu_ps(row + v * 16), base_row));
+        float* sums = strip.lane_sums + r * 16;
+        const __m512 total = _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
+        _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), total));
+        if (page.value_scales != nullptr) {
+            for (int v = 0; v < 4; ++v) part[v] = _mm512_mul_ps(part[v], _mm512_loadu_ps(page.value_scales + v * 16));
+        }
+        uint16_t* target = weights + r * kPageTokens;
+        _mm512_storeu_si512(target, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(part[1], part[0])));
+        _mm512_storeu_si512(target + 32, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(part[3], part[2])));
+    }
+}
+
+// Many rows at once. Keys and values of a page are used by all strips of all heads while they are in the cache.
+template <class Multiply>
+void attention_strips(const AttentionCall& call) {
+    const CacheLayout& layout = *call.layout;
+    const int d = layout.head_dim;
+    const int strips = (call.num_rows + kStrip - 1) / kStrip;
+    const int states = strips * call.num_heads;
+    const size_t query_bytes = static_cast<size_t>(states) * kStrip * d * 2;
+    const size_t out_bytes = static_cast<size_t>(states) * kStrip * d * 4;
+    const size_t sum_bytes = static_cast<size_t>(states) * kStrip * 16 * 4;
+    const size_t largest_bytes = static_cast<size_t>(states) * kStrip * 4;
+    const size_t score_bytes = kStrip * kPageTokens * 4, weight_bytes = kStrip * kPageTokens * 2;
+    const size_t page_bytes = static_cast<size_t>(d) * kPageTokens * 4;
+    thread_local Scratch scratch;
+    uint8_t* room = scratch.get(query_bytes + out_bytes + sum_bytes + largest_bytes + score_bytes + weight_bytes + page_bytes);
+    auto* query = reinterpret_cast<uint16_t*>(room);
+    auto* out = reinterpret_cast<float*>(room += query_bytes);
+    auto* sums = reinterpret_cast<float*>(room += out_bytes);
+    auto* largest = reinterpret_cast<float*>(room += sum_bytes);
+    auto* scores = reinterpret_cast<float*>(room += largest_bytes);
+    auto* weights = reinterpret_cast<uint16_t*>(room += score_bytes);
+    auto* wide = reinterpret_cast<uint16_t*>(room += weight_bytes);
+
+    std::memset(out, 0, out_bytes + sum_bytes);
+    std::fill(largest, largest + states * kStrip, kMasked);
+    const float factor = call.scale * kLog2E;
+    for (int head = 0; head < call.num_heads; ++head) {
+        for (int row = 0; row < strips * kStrip; ++row) {
+            uint16_t* target = query + (static_cast<size_t>(head) * strips * kStrip + row) * d;
+            if (row >= call.num_rows) {
+                std::memset(target, 0, static_cast<size_t>(d) * 2);
+                continue;
+            }
+            const float* source = call.query + row * call.query_stride + static_cast<size_t>(head) * d;
+            for (int i = 0; i < d; i += 16) {
+                const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(source + i), _mm512_set1_ps(factor));
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i),
+                                    reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
+            }
+        }
+    }
+
+    [[maybe_unused]] const typename Multiply::Session session{};
+    const VisibleRange range(call);
+    for (int page_idx = range.first_page; page_idx < range.end_page; ++page_idx) {
+        const WidePage page(layout, call.cache + static_cast<size_t>(call.pages[page_idx]) * layout.page_bytes(), wide);
+        const int first_key = page_idx * kPageTokens;
+        for (int head = 0; head < call.num_heads; ++head) {
+            for (int s = 0; s < strips; ++s) {
+                const int first_position = call.first_position + s * kStrip;
+                const int last_position = std::min(first_position + kStrip, call.first_position + call.num_rows) - 1;
+                if (last_position < first_key) continue;
+                if (call.window > 0 && first_position - call.window + 1 >= first_key + kPageTokens) continue;
+                const bool masked = first_position < first_key + kPageTokens - 1 ||
+                                    (call.window > 0 && last_position - call.window + 1 > first_key);
+                const size_t state = (static_cast<size_t>(head) * strips + s) * kStrip;
+                const Strip strip{query + state * d, out + state * d, largest + state, sums + state * 16};
+                Multiply::strip(strip.query, d, page.keys, kPageTokens * 2, d / 2, scores, kPageTokens, kPageTokens, false);
+                soften(strip, page, scores, weights, d, masked, first_key, first_position, call.window);
+                Multiply::strip(weights, kPageTokens, page.values, static_cast<size_t>(d) * 2, kPageTokens / 2, strip.out,
+                                d, d, true);
+            }
+        }
+    }
+    for (int head = 0; head < call.num_heads; ++head) {
+        for (int row = 0; row < call.num_rows; ++row) {
+            const size_t state = static_cast<size_t>(head) * strips * kStrip + row;
+            const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(sums + state * 16));
+            const __m512 inverse = _mm512_set1_ps(1.f / total);
+            float* target = call.out + row * call.out_stride + static_cast<size_t>(head) * d;
+            for (int i = 0; i < d; i += 16) {
+                _mm512_storeu_ps(target + i, _mm512_mul_ps(_mm512_loadu_ps(out + state * d + i), inverse));
+            }
+        }
+    }
+}
+
+// One row, up to four heads that share the page: scores with a lane a key, outputs with a lane a channel.
+template <int kHeads>
+void decode_heads(const AttentionCall& call, int head_begin) {
+    const CacheLayout& layout = *call.layout;
+    const int d = layout.head_dim;
+    thread_local Scratch scratch;
+    const size_t query_bytes = round_up_size(static_cast<size_t>(kHeads) * d * 2, 64);
+    const size_t out_bytes = static_cast<size_t>(kHeads) * d * 4;
+    uint8_t* room = scratch.get(query_bytes + out_bytes + static_cast<size_t>(d) * kPageTokens * 4);
+    auto* query = reinterpret_cast<uint16_t*>(room);
+    auto* out = reinterpret_cast<float*>(room + query_bytes);
+    auto* wide = reinterpret_cast<uint16_t*>(room + query_bytes + out_bytes);
+    std::memset(out, 0, out_bytes);
+    const __m512 factor = _mm512_set1_ps(call.scale * kLog2E);
+    for (int h = 0; h < kHeads; ++h) {
+        const float* source = call.query + static_cast<size_t>(head_begin + h) * d;
+        for (int i = 0; i < d; i += 16) {
+            const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(source + i), factor));
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(query + h * d + i), reinterpret_cast<__m256i>(rounded));
+        }
+    }
+    float largest[kHeads];
+    __m512 sums[kHeads];
+    for (int h = 0; h < kHeads; ++h) {
+        largest[h] = kNegativeInfinity;
+        sums[h] = _mm512_setzero_ps();
+    }
+    const VisibleRange range(call);
+    const int newest = call.first_position;
+    const int oldest = call.window > 0 ? newest - call.window + 1 : 0;
+    for (int page_idx = range.first_page; page_idx < range.end_page; ++page_idx) {
+        const WidePage page(layout, call.cache + static_cast<size_t>(call.pages[page_idx]) * layout.page_bytes(), wide);
+        const int first_key = page_idx * kPageTokens;
+        __m512 scores[kHeads][4];
+        for (int h = 0; h < kHeads; ++h) {
+            for (int v = 0; v < 4; ++v) scores[h][v] = _mm512_setzero_ps();
+        }
+        for (int i = 0; i < d / 2; ++i) {
+            __m512bh keys[4];
+            for (int v = 0; v < 4; ++v) {
+                keys[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(page.keys + (i * kPageTokens + v * 16) * 2));
+            }
+            for (int h = 0; h < kHeads; ++h) {
+                const auto inputs = reinterpret_cast<__m512bh>(broadcast4(query + h * d + i * 2));
+                for (int v = 0; v < 4; ++v) scores[h][v] = _mm512_dpbf16_ps(scores[h][v], inputs, keys[v]);
+            }
+        }
+        if (page.key_scales != nullptr) {
+            for (int v = 0; v < 4; ++v) {
+                const __m512 scale = _mm512_loadu_ps(page.key_scales + v * 16);
+                for (int h = 0; h < kHeads; ++h) scores[h][v] = _mm512_mul_ps(scores[h][v], scale);
+            }
+        }
+        if (newest < first_key + kPageTokens - 1 || oldest > first_key) {
+            const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            for (int v = 0; v < 4; ++v) {
+                const __m512i position = _mm512_add_epi32(lane, _mm512_set1_epi32(first_key + v * 16));
+                const __mmask16 visible = _mm512_cmple_epi32_mask(position, _mm512_set1_epi32(newest)) &
+                                          _mm512_cmpge_epi32_mask(position, _mm512_set1_epi32(oldest));
+                for (int h = 0; h < kHeads; ++h) {
+                    scores[h][v] = _mm512_mask_blend_ps(visible, _mm512_set1_ps(kMasked), scores[h][v]);
+                }
+            }
+        }
+        alignas(64) uint16_t weights[kHeads][kPageTokens];
+        for (int h = 0; h < kHeads; ++h) {
+            const float peak = _mm512_reduce_max_ps(
+                _mm512_max_ps(_mm512_max_ps(scores[h][0], scores[h][1]), _mm512_max_ps(scores[h][2], scores[h][3])));
+            if (peak > largest[h]) {
+                const __m512 correction = _mm512_set1_ps(std::exp2(largest[h] - peak));
+                largest[h] = peak;
+                sums[h] = _mm512_mul_ps(sums[h], correction);
+                for (int i = 0; i < d; i += 16) {
+                    _mm512_storeu_ps(out + h * d + i, _mm512_mul_ps(_mm512_loadu_ps(out + h * d + i), correction));
+                }
+            }
+            const __m512 base = _mm512_set1_ps(largest[h]);
+            for (int v = 0; v < 4; ++v) {
+                scores[h][v] = exp2_for_bf16(_mm512_sub_ps(scores[h][v], base));
+                sums[h] = _mm512_add_ps(sums[h], scores[h][v]);
+                if (page.value_scales != nullptr) {
+                    scores[h][v] = _mm512_mul_ps(scores[h][v], _mm512_loadu_ps(page.value_scales + v * 16));
+                }
+            }
+            _mm512_store_si512(weights[h], reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scores[h][1], scores[h][0])));
+            _mm512_store_si512(weights[h] + 32, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scores[h][3], scores[h][2])));
+        }
+        const int pairs = std::min(kPageTokens, newest - first_key + 1 + 1) / 2;  // later slots have weight 0
+        int channel = 0;
+        for (; channel + 64 <= d; channel += 64) {
+            Multiply512::tile<kHeads, 4>(weights[0], kPageTokens, page.values + channel * 2, static_cast<size_t>(d) * 2,
+                                         pairs, out + channel, d, true);
+        }
+        for (; channel < d; channel += 16) {
+            Multiply512::tile<kHeads, 1>(weights[0], kPageTokens, page.values + channel * 2, static_cast<size_t>(d) * 2,
+                                         pairs, out + channel, d, true);
+        }
+    }
+    for (int h = 0; h < kHeads; ++h) {
+        const float total = _mm512_reduce_add_ps(sums[h]);
+        const bool partial = call.partial_max != nullptr;
+        if (partial) {
+            call.partial_max[head_begin + h] = largest[h];
+            call.partial_sum[head_begin + h] = total;
+        }
+        const __m512 inverse = _mm512_set1_ps(partial ? 1.f : 1.f / total);
+        float* target = call.out + static_cast<size_t>(head_begin + h) * d;
+        for (int i = 0; i < d; i += 16) {
+            _mm512_storeu_ps(target + i, _mm512_mul_ps(_mm512_loadu_ps(out + h * d + i), inverse));
+        }
+    }
+}
+
+inline void attention_decode_512(const AttentionCall& call) {
+    int head = 0;
+    for (; head + 4 <= call.num_heads; head += 4) decode_heads<4>(call, head);
+    switch (call.num_heads - head) {
+        case 3: decode_heads<3>(call, head); return;
+        case 2: decode_heads<2>(call, head); return;
+        case 1: decode_heads<1>(call, head); return;
+        default: return;
+    }
+}
+
+template <class Multiply>
+void attention_512(const AttentionCall& call) {
+    constexpr int kFewRows = 3;  // below this a strip of sixteen would be mostly empty
+    if (call.layout->type == CacheType::fp32) {
+        attention_portable(call);
+    } else if (call.num_rows <= kFewRows) {
+        AttentionCall one = call;
+        one.num_rows = 1;
+        for (int row = 0; row < call.num_rows; ++row) {
+            one.first_position = call.first_position + row;
+            one.query = call.query + row * call.query_stride;
+            one.out = call.out + row * call.out_stride;
+            attention_decode_512(one);
+        }
+    } else {
+        attention_strips<Multiply>(call);
+    }
+}
+
+}  // namespace DSEEK_VARIANT
+}  // namespace dseek

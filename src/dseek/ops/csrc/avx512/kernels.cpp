@@ -1,0 +1,29 @@
+// AVX-512 with VNNI and BF16 (Zen 4 and later, Cooper Lake, Sapphire Rapids and later).
+#define DSEEK_VARIANT avx512
+#include "../common/pack.h"
+#include "attention.h"
+#include "cache.h"
+#include "linear.h"
+#include "rows.h"
+
+namespace dseek {
+
+const KernelTable& avx512_kernels() {
+    using namespace avx512;
+    static const KernelTable table{
+        .name = "avx512",
+        .rms_norm = rms_norm,
+        .rotary = rotary,
+        .prepare_row = prepare_row_avx512,
+        .row_kind = row_kind_portable,
+        .linear = linear_avx512,
+        .store_tokens = store_tokens_512,
+        .attention = attention_512<Multiply512>,
+        .read_bytes = read_bytes,
+        .pack_panel = pack_panel,
+        .unpack_channel = unpack_channel,
+    };
+    return table;
+}
+
+}  // namespace dseek

@@ -1,0 +1,135 @@
+// What one instruction-set variant provides: plain functions over raw pointers, gathered in a table.
+//
+// Every variant fills the same table; `generic` is portable C++ and the yardstick for the others. A kernel works on
+// one thread and on a slice (rows, panels, heads) that the caller has cut, so that variants know nothing of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "formats.h"
+
+namespace dseek {
+
+constexpr int kPageTokens = 64;
+
+// How activations are prepared for a weight format.
+enum class RowKind {
+    f32,       // as they are
+    bf16,      // rounded
+    token_u8,  // rotated, then one scale a row; stored as value + 128
+    group_s8,  // one scale and one sum for every 32 inputs
+};
+
+// Prepared activations, row after row.
+struct Rows {
+    RowKind kind = RowKind::f32;
+    void* values = nullptr;        // [rows][stride] of the kind's element
+    size_t stride = 0;             // elements between rows
+    float* scale = nullptr;        // token_u8: [rows]
+    float* group_scale = nullptr;  // group_s8: [rows][groups]
+    float* group_sum = nullptr;    // group_s8: [rows][groups], scale times the sum of the quantised values
+    int groups = 0;
+
+    template <class T>
+    T* row(int index) const {
+        return static_cast<T*>(values) + static_cast<size_t>(index) * stride;
+    }
+};
+
+enum class Epilogue {
+    store,  // out = product + bias
+    add,    // out += product + bias
+    gated,  // out[c] = silu(product[gate c]) * product[up c]; panels are interleaved
+};
+
+// product[row][channel] for rows [row_begin, row_end) and panels [panel_begin, panel_end), into
+// out[row * out_stride + channel]. A gated call takes an even number of panels and writes half as many channels.
+struct LinearCall {
+    const Linear* weight = nullptr;
+    const Rows* rows = nullptr;
+    int row_begin = 0, row_end = 0;
+    int panel_begin = 0, panel_end = 0;
+    Epilogue epilogue = Epilogue::store;
+    const float* bias = nullptr;  // [n_padded] in packed order, or null
+    float* out = nullptr;
+    size_t out_stride = 0;
+};
+
+enum class CacheType : int { fp32 = 0, bf16 = 1, int8 = 2 };
+
+// Where one page of one head lies. Keys: bf16 and int8 [d / 2][64][2], fp32 [d][64]. Values: bf16 and int8
+// [32][d][2], fp32 [64][d]. int8 adds float [64] scales of the keys and of the values.
+struct CacheLayout {
+    CacheType type = CacheType::bf16;
+    int head_dim = 0;
+    int num_layers = 0;
+    int num_kv_heads = 0;
+    size_t value_offset = 0;
+    size_t scale_offset = 0;
+    size_t head_bytes = 0;
+
+    CacheLayout() = default;
+    CacheLayout(CacheType cache_type, int dim, int layers, int kv_heads)
+        : type(cache_type), head_dim(dim), num_layers(layers), num_kv_heads(kv_heads) {
+        const size_t width = type == CacheType::fp32 ? 4 : type == CacheType::bf16 ? 2 : 1;
+        value_offset = static_cast<size_t>(dim) * kPageTokens * width;
+        scale_offset = 2 * value_offset;
+        head_bytes = scale_offset + (type == CacheType::int8 ? 2 * kPageTokens * sizeof(float) : 0);
+    }
+    size_t page_bytes() const { return head_bytes * num_kv_heads * num_layers; }
+    size_t offset(int page, int layer, int kv_head) const {
+        return static_cast<size_t>(page) * page_bytes() +
+               (static_cast<size_t>(layer) * num_kv_heads + kv_head) * head_bytes;
+    }
+};
+
+// Attention of `num_rows` newest queries at consecutive positions, for all query heads of one key-value head.
+struct AttentionCall {
+    const CacheLayout* layout = nullptr;
+    const uint8_t* cache = nullptr;  // already moved to this layer and head: a page lies at cache + page * page_bytes
+    const int32_t* pages = nullptr;  // page numbers of the sequence
+    const float* query = nullptr;    // row r, head h at query + r * query_stride + h * d, rotated, not scaled
+    size_t query_stride = 0;
+    float* out = nullptr;            // same shape as query
+    size_t out_stride = 0;
+    int num_heads = 0;               // query heads of this group
+    int first_position = 0;          // position of row 0
+    int num_rows = 0;
+    int window = 0;                  // newest positions a query sees, 0 = all
+    float scale = 0.f;               // 1 / sqrt(d)
+    // Decode split over pages: attend to [page_begin, page_end) only and leave the sums unnormalised.
+    int page_begin = 0, page_end = -1;
+    float* partial_max = nullptr;    // [num_heads], base-2 exponent
+    float* partial_sum = nullptr;    // [num_heads]
+};
+
+struct KernelTable {
+    const char* name;
+    void (*rms_norm)(const float* x, const float* weight, float epsilon, int size, float* out);
+    void (*rotary)(float* x, const float* cos, const float* sin, int head_dim);
+    void (*prepare_row)(const float* x, int k, int k_padded, const Rows& rows, int row_idx);
+    RowKind (*row_kind)(Format format, int num_rows);
+    void (*linear)(const LinearCall& call);
+    // Writes `count` tokens into slots [slot, slot + count) of one head's page; token t's key is at key + t * stride.
+    void (*store_tokens)(const CacheLayout& layout, uint8_t* page, int slot, int count, const float* key,
+                         const float* value, size_t stride);
+    void (*attention)(const AttentionCall& call);
+    double (*read_bytes)(const uint8_t* data, size_t num_bytes);
+    void (*pack_panel)(uint8_t* blob, int panel, float* rows);
+    void (*unpack_channel)(const Linear& weight, int channel, float* out);
+};
+
+const KernelTable& generic_kernels();
+#if defined(__x86_64__)
+const KernelTable& avx2_kernels();
+const KernelTable& avx512_kernels();
+const KernelTable& amx_kernels();
+#endif
+
+// The table in use; chosen from what the processor and the operating system offer, or by `select_kernels`.
+const KernelTable& kernels();
+// Throws std::invalid_argument for a name that this processor cannot run.
+void select_kernels(const char* name);
+
+}  // namespace dseek

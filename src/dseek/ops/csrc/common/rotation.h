@@ -1,0 +1,83 @@
+// The Hadamard rotation that makes per-row int8 accurate, shared by weights (at packing) and activations (at run time).
+//
+// A few inputs of a transformer are tens of times larger than the rest, and one int8 scale a row then leaves little
+// resolution for the others. Rotating inputs and weights by the same orthogonal matrix leaves every product as it was
+// and spreads the outliers (Ashkboos et al. 2024, QuaRot, section 4). The matrix is block diagonal, chosen so that its
+// transform is additions between registers: the row is cut into runs of 2^p registers of sixteen values, the longest
+// first, and each run is multiplied by the Hadamard matrix of size 2^p across its registers; runs shorter than sixteen
+// registers are mixed across their lanes as well.
+#pragma once
+
+#include <cmath>
+
+#include "vec.h"
+
+namespace dseek {
+namespace DSEEK_VARIANT {
+
+constexpr int kRotationRegisters = 64;
+constexpr int kLaneMixBelow = 16;
+
+// Butterflies between the registers of one run; unnormalised. Two stages at a time halve the passes over memory.
+inline void hadamard_registers(float* x, int num_registers) {
+    int half = 1;
+    for (; half * 4 <= num_registers; half *= 4) {
+        for (int start = 0; start < num_registers; start += 4 * half) {
+            for (int i = start; i < start + half; ++i) {
+                float* p = x + i * 16;
+                const f32x16 a = load(p), b = load(p + half * 16), c = load(p + half * 32), d = load(p + half * 48);
+                const f32x16 s = a + b, t = a - b, u = c + d, v = c - d;
+                store(p, s + u);
+                store(p + half * 16, t + v);
+                store(p + half * 32, s - u);
+                store(p + half * 48, t - v);
+            }
+        }
+    }
+    if (half < num_registers) {
+        for (int i = 0; i < half; ++i) {
+            const f32x16 a = load(x + i * 16), b = load(x + (half + i) * 16);
+            store(x + i * 16, a + b);
+            store(x + (half + i) * 16, a - b);
+        }
+    }
+}
+
+// The 16-point Hadamard matrix across the lanes of one register; unnormalised.
+inline f32x16 hadamard_lanes(f32x16 x) {
+    const f32x16 sign1 = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
+    const f32x16 sign2 = {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
+    const f32x16 sign4 = {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
+    const f32x16 sign8 = {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
+    const i32x16 swap1 = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
+    const i32x16 swap2 = {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13};
+    const i32x16 swap4 = {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11};
+    const i32x16 swap8 = {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7};
+    x = x * sign1 + __builtin_shuffle(x, swap1);
+    x = x * sign2 + __builtin_shuffle(x, swap2);
+    x = x * sign4 + __builtin_shuffle(x, swap4);
+    return x * sign8 + __builtin_shuffle(x, swap8);
+}
+
+// Rotates `size` values in place; `size` is a multiple of 16.
+inline void rotate(float* x, int size) {
+    int done = 0;
+    while (done < size) {
+        const int left = (size - done) / 16;
+        int run = 1;
+        while (run * 2 <= left && run * 2 <= kRotationRegisters) run *= 2;
+        float* start = x + done;
+        hadamard_registers(start, run);
+        const bool mix = run < kLaneMixBelow;
+        const float norm = 1.f / std::sqrt(static_cast<float>(mix ? run * 16 : run));
+        for (int i = 0; i < run; ++i) {
+            f32x16 value = load(start + i * 16);
+            if (mix) value = hadamard_lanes(value);
+            store(start + i * 16, value * norm);
+        }
+        done += run * 16;
+    }
+}
+
+}  // namespace DSEEK_VARIANT
+}  // namespace dseek

@@ -1,0 +1,171 @@
+// A whole decoder-only transformer over packed weights and a paged cache, run by one thread team.
+//
+// One call takes a mixed batch (prompts and single new tokens of several sequences) through all blocks. Axes: R rows of
+// the batch, D hidden size, H heads, G key-value heads, d head width, F MLP width, V vocabulary.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "common/kernels.h"
+#include "common/row_buffer.h"
+#include "common/thread_pool.h"
+
+namespace dseek {
+
+struct DecoderShape {
+    int hidden_size = 0;
+    int intermediate_size = 0;
+    int num_layers = 0;
+    int num_heads = 0;
+    int num_kv_heads = 0;
+    int head_dim = 0;
+    int vocab_size = 0;
+    float epsilon = 1e-5f;
+    CacheType cache_type = CacheType::bf16;
+};
+
+// Views of memory that the owner of the decoder keeps alive. Biases are in packed channel order; null where absent.
+struct BlockWeights {
+    Linear qkv, output, gate_up, down;
+    const float* input_norm = nullptr;
+    const float* post_attention_norm = nullptr;
+    const float* query_norm = nullptr;
+    const float* key_norm = nullptr;
+    const float* qkv_bias = nullptr;
+    const float* output_bias = nullptr;
+    const float* gate_up_bias = nullptr;
+    const float* down_bias = nullptr;
+    int window = 0;
+};
+
+struct Batch {
+    const int32_t* token_ids = nullptr;    // [R]
+    const int32_t* positions = nullptr;    // [R], consecutive inside a sequence
+    const int32_t* row_starts = nullptr;   // [num_sequences + 1]
+    const int32_t* page_tables = nullptr;  // [num_sequences][pages_per_sequence]
+    const int32_t* logit_rows = nullptr;   // [num_logit_rows], ascending
+    int num_rows = 0;
+    int num_sequences = 0;
+    int pages_per_sequence = 0;
+    int num_logit_rows = 0;
+};
+
+// Attention work that one thread does at once: consecutive rows of one sequence and one key-value head, or one row and
+// some of its pages.
+struct AttentionTask {
+    int sequence;
+    int row_begin, num_rows;
+    int kv_head;
+    int page_begin, page_end;  // page_end -1: all
+    int split;                 // index among the row's splits; -1: not split
+    bool holds_newest;         // this task stores the row's key and value
+    int64_t cost;
+};
+
+class Decoder {
+public:
+    explicit Decoder(const DecoderShape& shape);
+
+    // Throw std::invalid_argument where shapes do not fit.
+    void add_block(const BlockWeights& block);
+    void set_tables(const Linear& embedding, const Linear& head, const float* final_norm);
+    // cos and sin: [num_positions][d / 2].
+    void set_rotary(const float* cos, const float* sin, int num_positions);
+    void allocate_cache(int num_pages);
+
+    // Writes logits [num_logit_rows][logit_stride()]. Throws std::invalid_argument for ids, positions or pages out of
+    // range; the cache is then as before.
+    void forward(const Batch& batch, float* logits);
+
+    // Runs blocks [block_begin, block_end) in place on hidden states x [R][D]; token ids and logit rows are not used.
+    void run_blocks(const Batch& batch, int block_begin, int block_end, float* x);
+
+    size_t logit_stride() const { return static_cast<size_t>(head_.n_padded); }
+    int num_pages() const { return num_pages_; }
+    size_t page_bytes() const { return layout_.page_bytes(); }
+    const DecoderShape& shape() const { return shape_; }
+    // Bytes of weights that one decode step reads, and of working memory in use.
+    size_t weight_bytes() const;
+    size_t workspace_bytes() const;
+
+private:
+    // What one thread owns.
+    struct Worker {
+        RowBuffer prepared;
+        Pages normed;   // float [block rows][widest]
+        Pages hidden;   // float [block rows][F padded]
+        Pages query;    // float [heads of a group][d]
+    };
+
+    static constexpr int kRowsPreparedByAll = 4;  // up to here every thread prepares all rows, which saves a meeting
+
+    void check(const Batch& batch) const;
+    void plan(const Batch& batch);
+    void reserve(int num_rows, int num_logit_rows, int num_threads);
+    size_t row_buffer_bytes(int num_rows) const;
+
+    // `stage` counts the shared-out stages of a run; it is the thread's own, and equal in all threads.
+    void run_in_rows(const Batch& batch, int thread_idx, int block_begin, int block_end, bool last_needed_only, int& stage);
+    void run_in_channels(const Batch& batch, int thread_idx, int block_begin, int block_end, bool last_needed_only,
+                         int& stage);
+    void finish(const Batch& batch, int thread_idx, float* logits, int& stage);
+
+    void project_qkv_rows(const Batch& batch, const BlockWeights& block, int layer, int begin, int end, Worker& worker);
+    void mlp_rows(const BlockWeights& block, const float* attended, float* x, int begin, int end, Worker& worker);
+    void finish_block_in_channels(const BlockWeights& block, const float* attended, float* x, int num_rows, bool merge,
+                                  int thread_idx, int& stage);
+    void rotate_row(const Batch& batch, const BlockWeights& block, int row);
+    void store_rows(const Batch& batch, int layer, int begin, int end);
+    void attend(const Batch& batch, const BlockWeights& block, int layer, const AttentionTask& task, Worker& worker);
+    void merge_splits(int row, float* out) const;
+    void gather_needed(const Batch& batch, int thread_idx);
+    // Norm (where a weight is given) or merging of splits, then preparation of all rows for `weight`.
+    const Rows& prepare_all(const Linear& weight, const float* x, size_t stride, const float* norm, int num_rows, bool merge,
+                            int thread_idx);
+    void multiply_claimed(const Linear& weight, const Rows& rows, int num_rows, Epilogue epilogue, const float* bias,
+                          float* out, size_t out_stride, int thread_idx, int& stage);
+
+    // Shares out [0, count) over the team, first come first served. Two stages in a row have a meeting between them.
+    // Counters rotate: the one after next is cleared here, two meetings after its last use and two before its next.
+    template <class Body>
+    void share_out(int count, int thread_idx, int& stage, const Body& body) {
+        const int slot = stage % ThreadPool::kCounters;
+        if (thread_idx == 0) team_->reset_counter((stage + 2) % ThreadPool::kCounters);
+        ++stage;
+        for (int index = team_->claim(slot); index < count; index = team_->claim(slot)) body(index);
+    }
+
+    DecoderShape shape_;
+    std::vector<BlockWeights> blocks_;
+    Linear embedding_, head_;
+    const float* final_norm_ = nullptr;
+    const float* cos_ = nullptr;
+    const float* sin_ = nullptr;
+    int num_positions_ = 0;
+    CacheLayout layout_;
+    Pages cache_;
+    int num_pages_ = 0;
+
+    ThreadPool* team_ = nullptr;
+    const KernelTable* table_ = nullptr;
+    int capacity_ = 0, task_capacity_ = 0, shared_capacity_ = 0;  // rows
+    int threads_ready_ = 0;
+    size_t qkv_stride_ = 0, hidden_stride_ = 0;
+    Pages x_, qkv_, attended_, hidden_, needed_x_, needed_attended_;
+    float* residual_ = nullptr;  // x in use: ours, or the caller's
+    RowBuffer shared_rows_;
+    std::vector<Worker> workers_;
+
+    // The plan of the current batch.
+    bool by_rows_ = false;
+    int rows_per_task_ = 0;
+    bool single_rows_ = false;
+    std::vector<AttentionTask> tasks_, needed_tasks_;
+    std::vector<int> row_splits_;      // [R], 0 where a row is not split
+    std::vector<int> row_sequence_;    // [R]
+    std::vector<size_t> split_start_;  // [R], first slot of a row's partial results
+    Pages partial_out_, partial_max_, partial_sum_;
+};
+
+}  // namespace dseek

@@ -1,0 +1,339 @@
+// The two ways through a block. With many rows each thread takes rows of its own through whole projections, and the
+// team meets twice a block; with few rows all threads share every projection's channels and meet after each.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "decoder.h"
+
+namespace dseek {
+
+void Decoder::rotate_row(const Batch& batch, const BlockWeights& block, int row) {
+    const int d = shape_.head_dim;
+    const int position = batch.positions[row];
+    const float* cos = cos_ + static_cast<size_t>(position) * (d / 2);
+    const float* sin = sin_ + static_cast<size_t>(position) * (d / 2);
+    float* query = qkv_.as<float>() + static_cast<size_t>(row) * qkv_stride_;
+    for (int head = 0; head < shape_.num_heads + shape_.num_kv_heads; ++head) {
+        float* vector = query + static_cast<size_t>(head) * d;
+        const float* norm = head < shape_.num_heads ? block.query_norm : block.key_norm;
+        if (norm != nullptr) table_->rms_norm(vector, norm, shape_.epsilon, d, vector);
+        table_->rotary(vector, cos, sin, d);
+    }
+}
+
+void Decoder::store_rows(const Batch& batch, int layer, int begin, int end) {
+    const size_t d = static_cast<size_t>(shape_.head_dim);
+    const size_t keys_at = static_cast<size_t>(shape_.num_heads) * d, values_at = keys_at + shape_.num_kv_heads * d;
+    for (int row = begin; row < end;) {
+        const int position = batch.positions[row], slot = position % kPageTokens, sequence = row_sequence_[row];
+        const int count = std::min({kPageTokens - slot, end - row, batch.row_starts[sequence + 1] - row});
+        const int page = batch.page_tables[static_cast<size_t>(sequence) * batch.pages_per_sequence + position / kPageTokens];
+        const float* source = qkv_.as<float>() + static_cast<size_t>(row) * qkv_stride_;
+        for (int g = 0; g < shape_.num_kv_heads; ++g) {
+            table_->store_tokens(layout_, cache_.data() + layout_.offset(page, layer, g), slot, count,
+                                 source + keys_at + g * d, source + values_at + g * d, qkv_stride_);
+        }
+        row += count;
+    }
+}
+
+void Decoder::project_qkv_rows(const Batch& batch, const BlockWeights& block, int layer, int begin, int end,
+                               Worker& worker) {
+    const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
+    worker.prepared.lay_out(block.qkv, table_->row_kind(block.qkv.format, end - begin), end - begin);
+    float* normed = worker.normed.as<float>();
+    for (int row = begin; row < end; ++row) {
+        table_->rms_norm(residual_ + row * stride, block.input_norm, shape_.epsilon, shape_.hidden_size, normed);
+        table_->prepare_row(normed, block.qkv.k, block.qkv.k_padded, worker.prepared.rows, row - begin);
+    }
+    table_->linear({.weight = &block.qkv,
+                    .rows = &worker.prepared.rows,
+                    .row_begin = 0,
+                    .row_end = end - begin,
+                    .panel_begin = 0,
+                    .panel_end = block.qkv.num_panels(),
+                    .epilogue = Epilogue::store,
+                    .bias = block.qkv_bias,
+                    .out = qkv_.as<float>() + static_cast<size_t>(begin) * qkv_stride_,
+                    .out_stride = qkv_stride_});
+    for (int row = begin; row < end; ++row) rotate_row(batch, block, row);
+    store_rows(batch, layer, begin, end);
+}
+
+void Decoder::mlp_rows(const BlockWeights& block, const float* attended, float* x, int begin, int end, Worker& worker) {
+    const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
+    const size_t query = static_cast<size_t>(shape_.num_heads) * shape_.head_dim;
+    const int num_rows = end - begin;
+    Rows& rows = worker.prepared.rows;
+    float* target = x + begin * stride;
+    float* normed = worker.normed.as<float>();
+    float* hidden = worker.hidden.as<float>();
+    const auto multiply = [&](const Linear& weight, Epilogue epilogue, const float* bias, float* out, size_t out_stride) {
+        table_->linear({.weight = &weight,
+                        .rows = &rows,
+                        .row_begin = 0,
+                        .row_end = num_rows,
+                        .panel_begin = 0,
+                        .panel_end = weight.num_panels(),
+                        .epilogue = epilogue,
+                        .bias = bias,
+                        .out = out,
+                        .out_stride = out_stride});
+    };
+    // 1. Output projection, onto the residual stream.
+    worker.prepared.lay_out(block.output, table_->row_kind(block.output.format, num_rows), num_rows);
+    for (int row = 0; row < num_rows; ++row) {
+        table_->prepare_row(attended + (begin + row) * query, block.output.k, block.output.k_padded, rows, row);
+    }
+    multiply(block.output, Epilogue::add, block.output_bias, target, stride);
+    // 2. Gate and up.
+    worker.prepared.lay_out(block.gate_up, table_->row_kind(block.gate_up.format, num_rows), num_rows);
+    for (int row = 0; row < num_rows; ++row) {
+        table_->rms_norm(target + row * stride, block.post_attention_norm, shape_.epsilon, shape_.hidden_size, normed);
+        table_->prepare_row(normed, block.gate_up.k, block.gate_up.k_padded, rows, row);
+    }
+    multiply(block.gate_up, Epilogue::gated, block.gate_up_bias, hidden, hidden_stride_);
+    // 3. Down, onto the residual stream.
+    worker.prepared.lay_out(block.down, table_->row_kind(block.down.format, num_rows), num_rows);
+    for (int row = 0; row < num_rows; ++row) {
+        table_->prepare_row(hidden + row * hidden_stride_, block.down.k, block.down.k_padded, rows, row);
+    }
+    multiply(block.down, Epilogue::add, block.down_bias, target, stride);
+}
+
+void Decoder::attend(const Batch& batch, const BlockWeights& block, int layer, const AttentionTask& task,
+                     Worker& worker) {
+    const int d = shape_.head_dim, heads = shape_.num_heads / shape_.num_kv_heads;
+    const size_t query_size = static_cast<size_t>(shape_.num_heads) * d;
+    const size_t group_offset = static_cast<size_t>(task.kv_head) * heads * d;
+    const int position = batch.positions[task.row_begin];
+    const int32_t* pages = batch.page_tables + static_cast<size_t>(task.sequence) * batch.pages_per_sequence;
+    float* row = qkv_.as<float>() + static_cast<size_t>(task.row_begin) * qkv_stride_;
+
+    AttentionCall call;
+    call.layout = &layout_;
+    call.cache = cache_.data() + layout_.offset(0, layer, task.kv_head);
+    call.pages = pages;
+    call.query = row + group_offset;
+    call.query_stride = qkv_stride_;
+    call.out = attended_.as<float>() + static_cast<size_t>(task.row_begin) * query_size + group_offset;
+    call.out_stride = query_size;
+    call.num_heads = heads;
+    call.first_position = position;
+    call.num_rows = task.num_rows;
+    call.window = block.window;
+    call.scale = 1.f / std::sqrt(static_cast<float>(d));
+    call.page_begin = task.page_begin;
+    call.page_end = task.page_end;
+    if (single_rows_ && !by_rows_) {
+        // A lone row has not been rotated yet: this task does it for its own heads, in memory of its own.
+        const float* cos = cos_ + static_cast<size_t>(position) * (d / 2);
+        const float* sin = sin_ + static_cast<size_t>(position) * (d / 2);
+        const auto turn = [&](const float* source, const float* norm, float* target) {
+            if (norm != nullptr) table_->rms_norm(source, norm, shape_.epsilon, d, target);
+            else std::memcpy(target, source, static_cast<size_t>(d) * 4);
+            table_->rotary(target, cos, sin, d);
+        };
+        float* query = worker.query.as<float>();
+        if (task.holds_newest) {
+            const float* key = row + query_size + static_cast<size_t>(task.kv_head) * d;
+            turn(key, block.key_norm, query);
+            uint8_t* page = cache_.data() + layout_.offset(pages[position / kPageTokens], layer, task.kv_head);
+            table_->store_tokens(layout_, page, position % kPageTokens, 1, query,
+                                 key + static_cast<size_t>(shape_.num_kv_heads) * d, 0);
+        }
+        for (int head = 0; head < heads; ++head) {
+            turn(row + group_offset + static_cast<size_t>(head) * d, block.query_norm, query + static_cast<size_t>(head) * d);
+        }
+        call.query = query;
+    }
+    if (task.split >= 0) {
+        const size_t slot = split_start_[task.row_begin] +
+                            static_cast<size_t>(task.split) * shape_.num_kv_heads + task.kv_head;
+        call.out = partial_out_.as<float>() + slot * heads * d;
+        call.partial_max = partial_max_.as<float>() + slot * heads;
+        call.partial_sum = partial_sum_.as<float>() + slot * heads;
+        const bool sees_nothing = block.window > 0 && task.page_end * kPageTokens <= position - block.window + 1;
+        if (sees_nothing) {
+            std::fill(call.partial_max, call.partial_max + heads, -1e30f);
+            std::fill(call.partial_sum, call.partial_sum + heads, 0.f);
+            std::memset(call.out, 0, static_cast<size_t>(heads) * d * 4);
+            return;
+        }
+    }
+    table_->attention(call);
+}
+
+// Joins the parts of a row's context by their maxima and sums (Dao et al. 2023, Flash-Decoding).
+void Decoder::merge_splits(int row, float* out) const {
+    const int splits = row_splits_[row];
+    const int d = shape_.head_dim, groups = shape_.num_kv_heads, heads = shape_.num_heads / groups;
+    for (int head = 0; head < shape_.num_heads; ++head) {
+        const auto slot = [&](int split) {
+            return (split_start_[row] + static_cast<size_t>(split) * groups + head / heads) * heads + head % heads;
+        };
+        float largest = partial_max_.as<float>()[slot(0)];
+        for (int split = 1; split < splits; ++split) largest = std::max(largest, partial_max_.as<float>()[slot(split)]);
+        float total = 0.f;
+        float* target = out + static_cast<size_t>(head) * d;
+        std::memset(target, 0, static_cast<size_t>(d) * 4);
+        for (int split = 0; split < splits; ++split) {
+            const float factor = std::exp2(partial_max_.as<float>()[slot(split)] - largest);
+            total += factor * partial_sum_.as<float>()[slot(split)];
+            const float* part = partial_out_.as<float>() + slot(split) * d;
+            for (int i = 0; i < d; ++i) target[i] += factor * part[i];
+        }
+        for (int i = 0; i < d; ++i) target[i] /= total;
+    }
+}
+
+void Decoder::gather_needed(const Batch& batch, int thread_idx) {
+    const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
+    const size_t query = static_cast<size_t>(shape_.num_heads) * shape_.head_dim;
+    for (int i = thread_idx; i < batch.num_logit_rows; i += team_->size()) {
+        const int row = batch.logit_rows[i];
+        float* attended = needed_attended_.as<float>() + i * query;
+        std::memcpy(needed_x_.as<float>() + i * stride, residual_ + row * stride, stride * 4);
+        if (row_splits_[row] > 0) merge_splits(row, attended);
+        else std::memcpy(attended, attended_.as<float>() + row * query, query * 4);
+    }
+    team_->barrier();
+}
+
+void Decoder::run_in_rows(const Batch& batch, int thread_idx, int block_begin, int block_end, bool last_needed_only,
+                          int& stage) {
+    Worker& worker = workers_[thread_idx];
+    const int num_tasks = (batch.num_rows + rows_per_task_ - 1) / rows_per_task_;
+    const auto row_end = [&](int task) { return std::min((task + 1) * rows_per_task_, batch.num_rows); };
+    share_out(num_tasks, thread_idx, stage, [&](int task) {
+        project_qkv_rows(batch, blocks_[block_begin], block_begin, task * rows_per_task_, row_end(task), worker);
+    });
+    for (int layer = block_begin; layer < block_end; ++layer) {
+        const BlockWeights& block = blocks_[layer];
+        const bool needed_only = last_needed_only && layer + 1 == block_end;
+        team_->barrier();
+        const auto& tasks = needed_only ? needed_tasks_ : tasks_;
+        share_out(static_cast<int>(tasks.size()), thread_idx, stage, [&](int task) { attend(batch, block, layer, tasks[task], worker); });
+        team_->barrier();
+        if (needed_only) {
+            if (batch.num_logit_rows == 0) return;
+            gather_needed(batch, thread_idx);
+            finish_block_in_channels(block, needed_attended_.as<float>(), needed_x_.as<float>(), batch.num_logit_rows,
+                                     false, thread_idx, stage);
+            return;
+        }
+        share_out(num_tasks, thread_idx, stage, [&](int task) {
+            const int begin = task * rows_per_task_, end = row_end(task);
+            mlp_rows(block, attended_.as<float>(), residual_, begin, end, worker);
+            if (layer + 1 < block_end) project_qkv_rows(batch, blocks_[layer + 1], layer + 1, begin, end, worker);
+        });
+    }
+    team_->barrier();
+}
+
+const Rows& Decoder::prepare_all(const Linear& weight, const float* x, size_t stride, const float* norm, int num_rows,
+                                 bool merge, int thread_idx) {
+    const RowKind kind = table_->row_kind(weight.format, num_rows);
+    const bool by_all = num_rows <= kRowsPreparedByAll;
+    Worker& worker = workers_[thread_idx];
+    RowBuffer& buffer = by_all ? worker.prepared : shared_rows_;
+    int begin = 0, end = num_rows;
+    if (!by_all) {
+        const int threads = team_->size();
+        begin = num_rows * thread_idx / threads;
+        end = num_rows * (thread_idx + 1) / threads;
+        if (thread_idx == 0) shared_rows_.lay_out(weight, kind, num_rows);
+        team_->barrier();
+    } else {
+        buffer.lay_out(weight, kind, num_rows);
+    }
+    for (int row = begin; row < end; ++row) {
+        const float* source = x + row * stride;
+        if (norm != nullptr) {
+            table_->rms_norm(source, norm, shape_.epsilon, weight.k, worker.normed.as<float>());
+            source = worker.normed.as<float>();
+        } else if (merge && row_splits_[row] > 0) {
+            merge_splits(row, worker.normed.as<float>());
+            source = worker.normed.as<float>();
+        }
+        table_->prepare_row(source, weight.k, weight.k_padded, buffer.rows, row);
+    }
+    if (!by_all) team_->barrier();
+    return buffer.rows;
+}
+
+void Decoder::multiply_claimed(const Linear& weight, const Rows& rows, int num_rows, Epilogue epilogue,
+                               const float* bias, float* out, size_t out_stride, int thread_idx, int& stage) {
+    constexpr int kTilePanels = 4;
+    constexpr int kTasksPerThread = 4;
+    const int panels = weight.num_panels();
+    const int step = round_up((panels + kTasksPerThread * team_->size() - 1) / (kTasksPerThread * team_->size()), kTilePanels);
+    share_out((panels + step - 1) / step, thread_idx, stage, [&](int task) {
+        table_->linear({.weight = &weight,
+                        .rows = &rows,
+                        .row_begin = 0,
+                        .row_end = num_rows,
+                        .panel_begin = task * step,
+                        .panel_end = std::min((task + 1) * step, panels),
+                        .epilogue = epilogue,
+                        .bias = bias,
+                        .out = out,
+                        .out_stride = out_stride});
+    });
+    team_->barrier();
+}
+
+void Decoder::finish_block_in_channels(const BlockWeights& block, const float* attended, float* x, int num_rows,
+                                       bool merge, int thread_idx, int& stage) {
+    const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
+    const size_t query = static_cast<size_t>(shape_.num_heads) * shape_.head_dim;
+    const Rows& attended_rows = prepare_all(block.output, attended, query, nullptr, num_rows, merge, thread_idx);
+    multiply_claimed(block.output, attended_rows, num_rows, Epilogue::add, block.output_bias, x, stride, thread_idx, stage);
+    const Rows& normed = prepare_all(block.gate_up, x, stride, block.post_attention_norm, num_rows, false, thread_idx);
+    multiply_claimed(block.gate_up, normed, num_rows, Epilogue::gated, block.gate_up_bias, hidden_.as<float>(),
+                     hidden_stride_, thread_idx, stage);
+    const Rows& hidden = prepare_all(block.down, hidden_.as<float>(), hidden_stride_, nullptr, num_rows, false, thread_idx);
+    multiply_claimed(block.down, hidden, num_rows, Epilogue::add, block.down_bias, x, stride, thread_idx, stage);
+}
+
+void Decoder::run_in_channels(const Batch& batch, int thread_idx, int block_begin, int block_end, bool last_needed_only,
+                              int& stage) {
+    Worker& worker = workers_[thread_idx];
+    const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
+    for (int layer = block_begin; layer < block_end; ++layer) {
+        const BlockWeights& block = blocks_[layer];
+        const bool needed_only = last_needed_only && layer + 1 == block_end;
+        const Rows& normed = prepare_all(block.qkv, residual_, stride, block.input_norm, batch.num_rows, false, thread_idx);
+        multiply_claimed(block.qkv, normed, batch.num_rows, Epilogue::store, block.qkv_bias, qkv_.as<float>(), qkv_stride_,
+                         thread_idx, stage);
+        if (!single_rows_) {
+            share_out(batch.num_rows, thread_idx, stage,
+                      [&](int row) {
+                rotate_row(batch, block, row);
+                store_rows(batch, layer, row, row + 1);
+            });
+            team_->barrier();
+        }
+        // Lone rows store their keys inside the attention task, so all tasks are needed even in the last layer.
+        const auto& tasks = needed_only && !single_rows_ ? needed_tasks_ : tasks_;
+        share_out(static_cast<int>(tasks.size()), thread_idx, stage, [&](int task) { attend(batch, block, layer, tasks[task], worker); });
+        team_->barrier();
+        if (needed_only) {
+            if (batch.num_logit_rows == 0) return;
+            gather_needed(batch, thread_idx);
+            finish_block_in_channels(block, needed_attended_.as<float>(), needed_x_.as<float>(), batch.num_logit_rows,
+                                     false, thread_idx, stage);
+            return;
+        }
+        finish_block_in_channels(block, attended_.as<float>(), residual_, batch.num_rows, true, thread_idx, stage);
+    }
+}
+
+void Decoder::finish(const Batch& batch, int thread_idx, float* logits, int& stage) {
+    const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
+    const Rows& rows = prepare_all(head_, needed_x_.as<float>(), stride, final_norm_, batch.num_logit_rows, false, thread_idx);
+    multiply_claimed(head_, rows, batch.num_logit_rows, Epilogue::store, nullptr, logits, logit_stride(), thread_idx, stage);
+}
+
+}  // namespace dseek

@@ -1,0 +1,28 @@
+// Portable C++: runs anywhere, and the yardstick that the other variants are tested against.
+#define DSEEK_VARIANT generic
+#include "../common/attention_portable.h"
+#include "../common/linear_portable.h"
+#include "../common/pack.h"
+#include "../common/rows.h"
+
+namespace dseek {
+
+const KernelTable& generic_kernels() {
+    using namespace generic;
+    static const KernelTable table{
+        .name = "generic",
+        .rms_norm = rms_norm,
+        .rotary = rotary,
+        .prepare_row = prepare_row,
+        .row_kind = row_kind_portable,
+        .linear = linear_portable,
+        .store_tokens = store_tokens,
+        .attention = attention_portable,
+        .read_bytes = read_bytes,
+        .pack_panel = pack_panel,
+        .unpack_channel = unpack_channel,
+    };
+    return table;
+}
+
+}  // namespace dseek

@@ -1,0 +1,250 @@
+"""Reads times off a `Machine`'s curves, at sizes between the measured ones.
+
+Over rows and contexts, time is interpolated along straight lines in the logarithms of both, and beyond the last point
+grows in proportion to the work. Between shapes, it is the time *a weight* (or a visible pair of positions) that is
+interpolated: each measured shape counts by the inverse fourth power of its distance in the logarithms of the sizes, so
+that a measured shape gives its own time exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dseek.core.errors import ConfigError
+from dseek.hardware.machine import AttentionCurve, LinearCurve, Machine, Overheads
+from dseek.plan.formats import packed_bytes
+
+
+def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """Interpolate y at x along straight lines in log x and log y.
+
+    Args:
+        xs: positive, rising.
+        ys: positive, one for each of `xs`.
+        x: where, positive.
+
+    Returns:
+        The value; below the first point the first value, beyond the last one growing in proportion to x.
+    """
+    if x <= xs[0]:
+        return ys[0]
+    if x >= xs[-1]:
+        return ys[-1] * x / xs[-1]
+    upper = next(index for index, value in enumerate(xs) if value >= x)
+    share = math.log(x / xs[upper - 1]) / math.log(xs[upper] / xs[upper - 1])
+    return ys[upper - 1] * math.pow(ys[upper] / ys[upper - 1], share)
+
+
+def blend(points: Sequence[tuple[Sequence[float], float]], place: Sequence[float]) -> float:
+    """Interpolate a positive value between scattered places.
+
+    Args:
+        points: places (positive coordinates) and their positive values.
+        place: where.
+
+    Returns:
+        The geometric mean of the values, weighted by the inverse fourth power of the distance in log coordinates.
+    """
+    total = weighted = 0.0
+    for coordinates, value in points:
+        squared = sum(math.log(a / b) ** 2 for a, b in zip(coordinates, place, strict=True))
+        if squared < 1e-12:
+            return value
+        weight = squared**-2
+        total += weight
+        weighted += weight * math.log(value)
+    return math.exp(weighted / total)
+
+
+@dataclass(slots=True)
+class LinearTime:
+    """Time of a linear layer, with its weight from memory and from near."""
+
+    cold_s: float
+    warm_s: float
+
+
+class Rates:
+    """Times on one machine with one set of kernels.
+
+    Args:
+        machine: the measurements.
+        kernels: native or torch.
+        num_threads: threads of the run; fewer than the machine's scale every time as measured.
+
+    Raises:
+        ConfigError: the machine was not measured with these kernels.
+    """
+
+    def __init__(self, machine: Machine, kernels: str, num_threads: int) -> None:
+        self._linears: dict[str, list[LinearCurve]] = defaultdict(list)
+        for curve in machine.linears:
+            if curve.kernels == kernels:
+                self._linears[curve.weight_format].append(curve)
+        self._attentions: dict[str, dict[tuple[int, int, int], list[AttentionCurve]]] = defaultdict(
+            lambda: defaultdict(list)
+        )
+        for entry in machine.attentions:
+            if entry.kernels == kernels:
+                heads = (entry.num_heads, entry.num_kv_heads, entry.head_dim)
+                self._attentions[entry.cache_dtype][heads].append(entry)
+        costs = [entry for entry in machine.overheads if entry.kernels == kernels]
+        if not self._linears or not self._attentions or not costs or not machine.bandwidths:
+            raise ConfigError(
+                f"this machine's {kernels} kernels were not measured", remedy="run `dseek doctor --refresh`"
+            )
+        self.overheads: Overheads = costs[0]
+        self._bandwidth_sizes = [float(entry.num_bytes) for entry in machine.bandwidths]
+        self._bandwidth_seconds = [entry.num_bytes / entry.gbs * 1e-9 for entry in machine.bandwidths]
+        self._memory_s_per_byte = 1e-9 / machine.read_bandwidth_gbs
+        scalings = machine.scalings
+        threads = [float(entry.num_threads) for entry in scalings]
+        self._matvec_scale = _scale(threads, [entry.matvec for entry in scalings], num_threads)
+        self._matmul_scale = _scale(threads, [entry.matmul for entry in scalings], num_threads)
+        self._attention_scale = _scale(threads, [entry.attention for entry in scalings], num_threads)
+        self._memory: dict[tuple[object, ...], float] = {}
+
+    def has_format(self, weight_format: str) -> bool:
+        """Tell whether linear layers in a `weight_format` were measured."""
+        return weight_format in self._linears
+
+    def has_cache(self, cache_dtype: str) -> bool:
+        """Tell whether attention over a `cache_dtype` was measured."""
+        return cache_dtype in self._attentions
+
+    def stream_s_per_byte(self, working_set_bytes: float) -> float:
+        """Time to read a byte when that many bytes are read in turn, again and again.
+
+        Args:
+            working_set_bytes: all that is read between two readings of the same byte.
+
+        Returns:
+            Seconds.
+        """
+        if working_set_bytes >= self._bandwidth_sizes[-1]:
+            return self._memory_s_per_byte
+        seconds = interpolate(self._bandwidth_sizes, self._bandwidth_seconds, working_set_bytes)
+        return seconds / max(working_set_bytes, self._bandwidth_sizes[0])
+
+    def linear_s(
+        self, weight_format: str, num_rows: int, num_outputs: int, num_inputs: int, working_set_bytes: float
+    ) -> float:
+        """Time of one linear layer.
+
+        The measured cold time holds for weights from memory; where the whole working set is small enough to be read
+        faster than memory, the difference in reading time is taken off, down to the warm time.
+
+        Args:
+            weight_format: a measured format.
+            num_rows: rows of the input.
+            num_outputs: output channels.
+            num_inputs: inputs.
+            working_set_bytes: what a whole step reads.
+
+        Returns:
+            Seconds.
+        """
+        key = (weight_format, num_rows, num_outputs, num_inputs, working_set_bytes)
+        known = self._memory.get(key)
+        if known is None:
+            time = self._linear_time(weight_format, num_rows, num_outputs, num_inputs)
+            num_bytes = packed_bytes(weight_format, num_outputs, num_inputs)
+            saved = num_bytes * max(0.0, self._memory_s_per_byte - self.stream_s_per_byte(working_set_bytes))
+            share = min(1.0, math.log(num_rows) / math.log(512))
+            scale = self._matvec_scale ** (1 - share) * self._matmul_scale**share
+            known = max(time.warm_s, time.cold_s - saved) * scale
+            self._memory[key] = known
+        return known
+
+    def _linear_time(self, weight_format: str, num_rows: int, num_outputs: int, num_inputs: int) -> LinearTime:
+        cold, warm = [], []
+        for curve in self._linears[weight_format]:
+            size = curve.num_outputs * curve.num_inputs
+            place = (curve.num_outputs, curve.num_inputs)
+            if num_rows > 4 * curve.num_rows[-1]:
+                # A curve that ends early (a head's) says nothing about many rows.
+                continue
+            cold.append((place, interpolate(curve.num_rows, curve.seconds, num_rows) / size))
+            warm.append((place, interpolate(curve.num_rows, curve.warm_seconds, num_rows) / size))
+        if not cold:
+            longest = max(self._linears[weight_format], key=lambda curve: curve.num_rows[-1])
+            size = longest.num_outputs * longest.num_inputs
+            seconds = interpolate(longest.num_rows, longest.seconds, num_rows) / size
+            return LinearTime(cold_s=seconds * num_outputs * num_inputs, warm_s=seconds * num_outputs * num_inputs)
+        place = (num_outputs, num_inputs)
+        size = num_outputs * num_inputs
+        return LinearTime(cold_s=blend(cold, place) * size, warm_s=blend(warm, place) * size)
+
+    def attention_s(
+        self,
+        cache_dtype: str,
+        num_rows: int,
+        context: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+    ) -> float:
+        """Time of causal attention of one sequence in one layer, the cache as near as it fits.
+
+        Args:
+            cache_dtype: a measured cache dtype.
+            num_rows: query rows, the newest positions.
+            context: positions in the cache, the queries' own included.
+            num_heads: query heads.
+            num_kv_heads: key/value heads.
+            head_dim: width of a head.
+
+        Returns:
+            Seconds.
+        """
+        key = (cache_dtype, num_rows, context, num_heads, num_kv_heads, head_dim)
+        known = self._memory.get(key)
+        if known is None:
+            points = []
+            for heads, curves in self._attentions[cache_dtype].items():
+                # Time for each visible pair of positions, query head and channel.
+                pair_s = self._pair_seconds(curves, num_rows, context) / (heads[0] * heads[2])
+                points.append(((heads[0], heads[0] / heads[1], heads[2]), pair_s))
+            pair_s = blend(points, (num_heads, num_heads / num_kv_heads, head_dim))
+            known = pair_s * visible_pairs(num_rows, context) * num_heads * head_dim * self._attention_scale
+            self._memory[key] = known
+        return known
+
+    @staticmethod
+    def _pair_seconds(curves: Sequence[AttentionCurve], num_rows: int, context: int) -> float:
+        """Time a visible pair with given heads: along each curve's contexts, then between the curves' rows."""
+        ordered = sorted(curves, key=lambda curve: curve.num_rows)
+        rows = [float(curve.num_rows) for curve in ordered]
+        values = []
+        for curve in ordered:
+            # A curve of r rows is read where each row sees as much as it does in the case asked for.
+            at = max(curve.num_rows, context - num_rows / 2 + curve.num_rows / 2)
+            pairs = [float(visible_pairs(curve.num_rows, point)) for point in curve.contexts]
+            wanted = visible_pairs(curve.num_rows, round(at))
+            values.append(interpolate(pairs, curve.seconds, wanted) / wanted)
+        if num_rows >= rows[-1]:
+            return values[-1]
+        return interpolate(rows, values, num_rows)
+
+
+def visible_pairs(num_rows: int, context: int) -> int:
+    """Count the pairs of a query row and a position it may see.
+
+    Args:
+        num_rows: query rows, the newest positions.
+        context: all positions.
+
+    Returns:
+        rows x older positions, and the causal triangle.
+    """
+    return num_rows * (context - num_rows) + num_rows * (num_rows + 1) // 2
+
+
+def _scale(threads: Sequence[float], factors: Sequence[float], num_threads: int) -> float:
+    """Time with `num_threads` as a multiple of the time with all; more threads than were measured help nothing."""
+    if not threads or num_threads >= threads[-1]:
+        return 1.0
+    return interpolate(threads, factors, num_threads)

@@ -1,0 +1,88 @@
+"""What every test may ask for: the embedded model, poisoned memory, and honest skips.
+
+A test that needs something this machine lacks (the compiled kernels, the embedded model) skips with a reason; where the
+environment says `CI`, nothing may be missing and the same test fails instead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+
+
+def _missing(what: str) -> NoReturn:
+    """Skip, or fail where everything must be there.
+
+    Args:
+        what: the reason, a sentence.
+    """
+    if os.environ.get("CI"):
+        pytest.fail(f"{what} (CI: nothing may be missing)", pytrace=False)
+    pytest.skip(what)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Hold the marker `native`.
+
+    Args:
+        item: the test about to run.
+    """
+    if item.get_closest_marker("native") and importlib.util.find_spec("dseek._native") is None:
+        _missing("the native kernels are not built: `make native`")
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """Root of the repository."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def embedded_model() -> Path:
+    """The GGUF file of the embedded default model, fetched on first use and kept in the user's cache."""
+    from dseek.models import locate
+
+    try:
+        return Path(locate.pull("smollm2", None))
+    except (ValueError, OSError) as error:
+        _missing(f"the embedded model cannot be had: {error}")
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Uninitialised memory holds NaN (or the largest integer), so that a kernel that reads before it writes is caught.
+
+    Covers `numpy.empty`, `numpy.empty_like` and, where torch is already imported, torch's own empty tensors.
+    """
+    import sys
+
+    def poison(make: Callable[..., Any]) -> Callable[..., Any]:
+        def made(*args: Any, **kwargs: Any) -> Any:
+            array = make(*args, **kwargs)
+            if array.dtype.kind in "fc":
+                array.fill(np.nan)
+            elif array.dtype.kind in "iu":
+                array.fill(np.iinfo(array.dtype).max)
+            return array
+
+        return made
+
+    monkeypatch.setattr(np, "empty", poison(np.empty))
+    monkeypatch.setattr(np, "empty_like", poison(np.empty_like))
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    was_filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(was_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = was_filled

@@ -1,0 +1,161 @@
+"""A model made of arithmetic: its next token depends on every earlier one, read back through the page tables.
+
+A runner that mixes up pages, positions or rows gives other tokens, so the engine's bookkeeping is tested without any
+real model. The vocabulary is the 256 bytes, an end token (256) and a start token (257).
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from dseek.engine.batch import Batch
+from dseek.engine.engine import Engine
+from dseek.engine.llm import LLM
+from dseek.engine.runner import Runner
+
+VOCAB_SIZE = 258
+EOS = 256
+
+
+class FakeRunner(Runner):
+    """Hashes what the cache holds into logits.
+
+    Args:
+        num_pages: pages of the cache.
+        page_tokens: positions a page holds.
+    """
+
+    def __init__(self, num_pages: int = 64, page_tokens: int = 4) -> None:
+        self.num_pages = num_pages
+        self.page_tokens = page_tokens
+        self.cache = np.full((num_pages, page_tokens), -1, dtype=np.int64)
+        self.batches: list[Batch] = []
+        self.closed = False
+        self.script: bytes | None = None
+        """Says these bytes after any prompt, then the end token; None hashes."""
+        self.prompt_tokens = 0
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        assert not self.closed
+        self.check(batch)
+        self.batches.append(batch)
+        logits = []
+        for sequence in range(batch.num_sequences):
+            table = batch.page_tables[sequence]
+            for row in range(batch.row_starts[sequence], batch.row_starts[sequence + 1]):
+                position = int(batch.positions[row])
+                self.cache[table[position // self.page_tokens], position % self.page_tokens] = batch.token_ids[row]
+                if row in batch.logit_rows:
+                    pages = table[: position // self.page_tokens + 1]
+                    history = self.cache[pages].reshape(-1)[: position + 1]
+                    assert (history >= 0).all(), "a position was never computed"
+                    logits.append(self.logits_after(history))
+        return np.array(logits, dtype=np.float32).reshape(-1, VOCAB_SIZE)
+
+    def logits_after(self, history: np.ndarray) -> np.ndarray:
+        """Logits that follow a list of tokens."""
+        if self.script is not None:
+            logits = np.zeros(VOCAB_SIZE, dtype=np.float32)
+            said = len(history) - self.prompt_tokens
+            logits[self.script[said] if said < len(self.script) else EOS] = 9
+            return logits
+        digest = hashlib.sha256(history.astype(np.int64).tobytes()).digest()
+        logits = np.random.default_rng(int.from_bytes(digest[:8], "little")).standard_normal(VOCAB_SIZE)
+        logits[EOS] -= 1
+        return (logits * 2).astype(np.float32)
+
+    def check(self, batch: Batch) -> None:
+        """Hold the batch to its contract."""
+        for array in (batch.token_ids, batch.positions, batch.row_starts, batch.page_tables, batch.logit_rows):
+            assert array.dtype == np.int32
+        assert batch.row_starts[0] == 0
+        assert batch.row_starts[-1] == batch.num_rows
+        assert (np.diff(batch.row_starts) > 0).all()
+        assert (np.diff(batch.logit_rows) > 0).all()
+        used = batch.page_tables[batch.page_tables >= 0]
+        assert len(set(used.tolist())) == len(used), "two sequences share a page"
+        for sequence in range(batch.num_sequences):
+            positions = batch.positions[batch.row_starts[sequence] : batch.row_starts[sequence + 1]]
+            assert (np.diff(positions) == 1).all()
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakeStream:
+    """Bytes to text, whole characters only."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return self._decoder.decode(bytes([token_id])) if token_id < 256 else ""
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class FakeTokenizer:
+    """One token a byte."""
+
+    eos_token_ids = (EOS,)
+    bos_token_id = 257
+    vocab_size = VOCAB_SIZE
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return ([257] if add_special_tokens else []) + list(text.encode())
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
+
+    def stream(self) -> FakeStream:
+        return FakeStream()
+
+    def apply_chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+
+
+def make_files(**changes: Any) -> Any:
+    """A stand-in for an opened model."""
+    shape = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(), max_position_embeddings=4096)
+    fields: dict[str, Any] = {
+        "name": "fake",
+        "shape": shape,
+        "tokenizer": FakeTokenizer,
+        "chat_template": "fake",
+        "close": lambda: None,
+    }
+    return SimpleNamespace(**(fields | changes))
+
+
+def make_plan(runner: FakeRunner, **changes: Any) -> Any:
+    """A stand-in for a plan that fits the runner."""
+    fields: dict[str, Any] = {
+        "page_tokens": runner.page_tokens,
+        "context_tokens": runner.num_pages * runner.page_tokens,
+        "max_batch": 8,
+        "prefill_chunk_tokens": 16,
+        "precision": "fp32",
+        "kernels": "torch",
+        "num_threads": 1,
+        "cache_dtype": "fp32",
+        "machine_id": "none",
+    }
+    return SimpleNamespace(**(fields | changes))
+
+
+def make_engine(runner: FakeRunner | None = None, **changes: Any) -> Engine:
+    """An engine over a fake runner; `changes` are fields of the plan."""
+    runner = runner or FakeRunner()
+    return Engine(make_files(), make_plan(runner, **changes), runner)
+
+
+def make_llm(runner: FakeRunner | None = None, **changes: Any) -> LLM:
+    """An `LLM` over a fake runner; `changes` are fields of the plan."""
+    runner = runner or FakeRunner()
+    return LLM(make_files(), make_plan(runner, **changes), runner)

@@ -1,0 +1,38 @@
+"""The torch decoder on the embedded default model against transformers' own reading of the same GGUF file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dseek.models.decoder import Decoder
+from dseek.models.files import open_model
+from tests.models import tiny
+
+TEXT = (
+    "Paris is the capital and largest city of France. It lies on the Seine, in the north of the country.\n"
+    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n"
+)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_logits_equal_transformers(embedded_model: Path) -> None:
+    import transformers
+
+    tiny.settle_trigonometry()
+    with open_model(str(embedded_model)) as files:
+        tokens = torch.tensor([files.tokenizer().encode(TEXT)])
+        decoder = Decoder.from_files(files)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        str(embedded_model.parent), gguf_file=embedded_model.name, dtype=torch.float32
+    ).eval()
+    with torch.inference_mode():
+        ours, theirs = decoder(tokens), reference(tokens, use_cache=False).logits
+        cache = decoder.make_cache(tokens.shape[1])
+        stepped = torch.cat([decoder(piece, cache) for piece in tokens.split([tokens.shape[1] - 8, *[1] * 8], 1)], 1)
+    assert (ours - theirs).abs().max() < 1e-4
+    assert (stepped - theirs).abs().max() < 1e-4
+    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))

@@ -1,0 +1,97 @@
+"""`dseek plan` and `dseek doctor` on a made-up machine and model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from dseek.cli.main import main
+from dseek.hardware.machine import Machine
+from dseek.plan import load
+from tests.plan.machines import SMALL, machine
+
+
+@pytest.fixture(autouse=True)
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A made-up machine and a made-up model of any name."""
+    from dseek.cli import measuring
+    from dseek.models import files
+
+    for name in ("DSEEK_PRECISION_MODE", "DSEEK_NUM_THREADS", "DSEEK_KERNELS"):
+        monkeypatch.delenv(name, raising=False)
+    model = SimpleNamespace(shape=SMALL, encodings=lambda: {"Q8_0": SMALL.num_parameters()}, close=lambda: None)
+    monkeypatch.setattr(files, "open_model", lambda name: model)
+    monkeypatch.setattr(measuring, "load_or_measure", lambda **_: machine(with_torch=True))
+
+
+def test_plan_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "some-model", "--context", "1024"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("Plan for some-model", "precision and cache", "threads", "prefill chunk", "chosen", "tokens/s"):
+        assert expected in text
+
+
+def test_plan_json_and_saved_file_agree(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    assert main(["plan", "m", "--json", "--save", str(path), "--precision", "int8", "--objective", "throughput"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["precision"] == "int8"
+    assert load(path).to_json() == json.dumps(printed, indent=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--context", "100000"], "at most 8192"),
+        (["--memory-limit", "50MB"], "needed: at most 50 MB"),
+        (["--max-quality-loss", "-1"], "quality loss"),
+    ],
+)
+def test_a_users_error_is_one_line_and_status_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "m", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("dseek: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+@pytest.mark.parametrize("size", ["x", "0", "-3GB", "nan", "infGB", "1e99"])
+def test_bad_sizes(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", "m", f"--memory-limit={size}"])
+    assert caught.value.code == 2
+    assert "8GB" in capsys.readouterr().err
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("This machine", "read bandwidth", "Linear layers", "Attention"):
+        assert expected in text
+    assert main(["doctor", "--json"]) == 0
+    assert Machine.from_json(capsys.readouterr().out) == machine(with_torch=True)
+
+
+def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dseek.cli import measuring
+
+    def measure(*, refresh: bool, progress: object) -> Machine:
+        progress(0.5, "attention")  # type: ignore[operator]
+        return machine()
+
+    monkeypatch.setattr(measuring, "load_or_measure", measure)
+    assert main(["doctor", "--json", "--refresh"]) == 0
+    json.loads(capsys.readouterr().out)
+
+
+def test_planning_imports_no_torch() -> None:
+    code = "import sys, dseek.plan, dseek.cli.plan, dseek.cli.doctor; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
