@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from benchmarks.peers.worker import Answer, Worker, serve
 
 SQUARE = 2048
 """Side of the square products."""
+
+SETTLE_S = 0.1
+"""Rest before a timed call, in which the other library's threads stop spinning."""
 
 
 def seconds_a_call(call: Callable[[], object], at_least_s: float) -> float:
@@ -34,10 +38,10 @@ class LimitsWorker(Worker):
 
     def setup(self, threads: int) -> Answer:
         """Limit the threads; says which native variant there is (None if there is none)."""
-        from dseek.ops import native
+        from dseek.hardware import native
 
         torch.set_num_threads(threads)
-        self.native = native.module()
+        self.native: Any = native.load()
         if self.native is not None:
             self.native.set_num_threads(threads)
         return {"variant": None if self.native is None else self.native.variant()}
@@ -77,7 +81,7 @@ class LimitsWorker(Worker):
             head_dim: width of a head.
 
         Returns:
-            `own_s`, `torch_s`, `error` (largest absolute difference) and `cosine` of the two results.
+            `own_s`, `torch_s`, `difference` (largest absolute difference) and `cosine` of the two results.
         """
         if self.native is None:
             raise RuntimeError("the native kernels are not built")
@@ -86,9 +90,11 @@ class LimitsWorker(Worker):
             torch.randn(1, num_heads, num_tokens, head_dim, generator=generator).to(torch.bfloat16) for _ in range(3)
         )
         arrays = [tensor[0].contiguous().view(torch.uint16).numpy() for tensor in (q, k, v)]
+        time.sleep(SETTLE_S)
         started = time.perf_counter()
         own = self.native.dense_attention(*arrays)
         own_s = time.perf_counter() - started
+        time.sleep(SETTLE_S)
         started = time.perf_counter()
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         torch_s = time.perf_counter() - started
@@ -97,7 +103,7 @@ class LimitsWorker(Worker):
         return {
             "own_s": own_s,
             "torch_s": torch_s,
-            "error": float((result - wanted).abs().max()),
+            "difference": float((result - wanted).abs().max()),
             "cosine": float(torch.nn.functional.cosine_similarity(result.flatten(), wanted.flatten(), dim=0)),
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -40,35 +41,61 @@ def test_the_test_command_is_the_same_everywhere(repo: Path) -> None:
     assert "make test" in (repo / ".ci/run").read_text()
 
 
-@pytest.mark.slow
-def test_without_a_compiler_the_package_is_pure_python(repo: Path, tmp_path: Path) -> None:
+def _build_wheel(repo: Path, folder: Path, **variables: str) -> tuple[Path, str]:
+    """Build a wheel from a copy of the tracked files; return it and what the build printed."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("CMAKE", "SKBUILD"))}
-    environment.update(CC="/bin/false", CXX="/bin/false", TMPDIR=str(tmp_path))
+    environment.update(TMPDIR=str(folder), PATH=f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}")
+    environment.update(variables)
     tracked = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=repo, capture_output=True, text=True, check=True
     )
-    source = tmp_path / "source"
+    source = folder / "source"
     for name in filter(None, tracked.stdout.split("\0")):
         if (repo / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((repo / name).read_bytes())
-    build = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v", "-w", tmp_path, source],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-v", "-w", folder, source]
+    build = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert build.returncode == 0, build.stdout[-3000:] + build.stderr[-3000:]
-    assert "pure Python" in build.stdout + build.stderr
-    (wheel,) = tmp_path.glob("dseek-*.whl")
+    (wheel,) = folder.glob("dseek-*.whl")
+    return wheel, build.stdout + build.stderr
+
+
+def _install(wheel: Path, home: Path) -> Path:
+    """Unpack a wheel into an environment that has nothing else; return its interpreter."""
+    venv.create(home, with_pip=False, symlinks=True)
+    zipfile.ZipFile(wheel).extractall(next(home.glob("lib/python*/site-packages")))
+    return home / "bin/python"
+
+
+def _run(python: Path, code: str, folder: Path) -> str:
+    run = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_package_is_pure_python(repo: Path, tmp_path: Path) -> None:
+    wheel, printed = _build_wheel(repo, tmp_path, CC="/bin/false", CXX="/bin/false")
+    assert "pure Python" in printed
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert "dseek/py.typed" in names
     assert not [name for name in names if name.endswith((".so", ".cpp", ".h"))]
+    python = _install(wheel, tmp_path / "venv")
+    assert str(tmp_path) in _run(python, "import dseek; print(dseek.__file__)", tmp_path)
 
-    home = tmp_path / "venv"
-    venv.create(home, with_pip=False, symlinks=True)
-    site = next(home.glob("lib/python*/site-packages"))
-    zipfile.ZipFile(wheel).extractall(site)
-    code = "import dseek, sys; print(dseek.__file__, dseek.__version__)"
-    run = subprocess.run([home / "bin/python", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert str(site) in run.stdout
+
+@pytest.mark.slow
+@pytest.mark.native
+def test_with_a_compiler_the_wheel_holds_the_kernels(repo: Path, tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    wheel, printed = _build_wheel(repo, tmp_path)
+    assert "pure Python" not in printed
+    names = zipfile.ZipFile(wheel).namelist()
+    assert len([name for name in names if name.startswith("dseek/_native.") and name.endswith(".so")]) == 1
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".a"))]
+    python = _install(wheel, tmp_path / "venv")
+    code = "import importlib.util as u; print(u.find_spec('dseek._native').origin)"
+    assert str(tmp_path) in _run(python, code, tmp_path)

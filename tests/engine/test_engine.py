@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from dseek.core import events
 from dseek.core.errors import RequestError
 from dseek.engine.engine import Engine
 from dseek.engine.request import Request, SamplingParams
@@ -190,6 +191,15 @@ def test_close_ends_everything() -> None:
     engine.close()
     assert request.output().finish_reason == "abort"
     assert engine.runner.closed  # type: ignore[attr-defined]
+
+
+def test_every_step_is_an_event() -> None:
+    seen = []
+    stop = events.subscribe("engine.step", lambda **fields: seen.append(fields))
+    engine = make_engine()
+    run_all(engine, [engine.add([1] * 20, SamplingParams(max_new_tokens=2, ignore_eos=True))])
+    stop()
+    assert seen == [{"num_rows": rows, "num_sequences": 1} for rows in (16, 4, 1)]
 
 
 def test_the_loop_costs_little() -> None:

@@ -7,6 +7,7 @@ they lie, a compute rate for each format, rows worked on in tiles, attention bou
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,11 +16,44 @@ BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "i8c": 1.0, "i8g": 1.0625, "i4g": 
 CACHE_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0625}
 
 
+class FakeDecoder:
+    """Blocks that do nothing, in no time."""
+
+    def __init__(self, **sizes: object) -> None:
+        self.sizes = sizes
+
+    def add_block(self, **arrays: np.ndarray) -> None:
+        assert set(arrays) == {"qkv", "output", "gate_up", "down", "input_norm", "post_attention_norm"}
+
+    def set_tables(self, **arrays: np.ndarray) -> None:
+        assert set(arrays) == {"embedding", "head", "final_norm"}
+
+    def set_rotary(self, cos: np.ndarray, sin: np.ndarray) -> None:
+        assert cos.shape == sin.shape
+
+    def allocate_cache(self, num_pages: int) -> None:
+        assert num_pages > 0
+
+    def run_blocks(
+        self,
+        x: np.ndarray,
+        positions: np.ndarray,
+        row_starts: np.ndarray,
+        page_tables: np.ndarray,
+        block_begin: int,
+        block_end: int,
+    ) -> np.ndarray:
+        assert len(x) == len(positions) == row_starts[-1]
+        assert len(page_tables) == len(row_starts) - 1
+        return x
+
+
 @dataclass
 class FakeNative:
     """See the module; the defaults are a processor with AVX-512 and VNNI."""
 
     __file__: str = __file__
+    Decoder: Callable[..., FakeDecoder] = FakeDecoder
     dispatch_s: float = 3e-6
     memory_gbs: float = 84.0
     cache_gbs: float = 200.0
@@ -58,7 +92,7 @@ class FakeNative:
     def read_bandwidth(self, num_bytes: int, repeats: int) -> float:
         return self.gbs(num_bytes)
 
-    def pack(self, weight_format: str, weight: np.ndarray) -> np.ndarray:
+    def pack(self, weight_format: str, weight: np.ndarray, interleaved: bool = False) -> np.ndarray:
         return np.zeros(int(weight.size * BYTES[weight_format]), np.uint8)
 
     def linear_s(self, weight_format: str, m: int, n: int, k: int, working_set: float) -> float:
@@ -69,9 +103,11 @@ class FakeNative:
         compute = 2e-9 * tiles * n * k / (self.gflops[weight_format] * efficiency) * 2 / self.threads
         return self.dispatch_s + (memory**4 + compute**4) ** 0.25
 
-    def time_linear(self, weight_format: str, m: int, n: int, k: int, repeats: int, cold: bool) -> float:
+    def time_linear(
+        self, weight_format: str, m: int, n: int, k: int, repeats: int, cold: bool, working_set_bytes: int = 2**28
+    ) -> float:
         self.calls += 1
-        return self.linear_s(weight_format, m, n, k, 1e9 if cold else n * k * BYTES[weight_format])
+        return self.linear_s(weight_format, m, n, k, working_set_bytes if cold else n * k * BYTES[weight_format])
 
     def attention_s(
         self, rows: int, context: int, heads: int, kv: int, dim: int, cache: str, working_set: float

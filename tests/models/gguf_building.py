@@ -135,6 +135,8 @@ def write_model(
         "attention.head_count": shape.num_heads,
         "attention.head_count_kv": shape.num_kv_heads,
         "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim,
         "rope.dimension_count": shape.head_dim,
         "rope.freq_base": 10000.0,
     }

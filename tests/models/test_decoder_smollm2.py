@@ -31,8 +31,12 @@ def test_logits_equal_transformers(embedded_model: Path) -> None:
     ).eval()
     with torch.inference_mode():
         ours, theirs = decoder(tokens), reference(tokens, use_cache=False).logits
-        cache = decoder.make_cache(tokens.shape[1])
-        stepped = torch.cat([decoder(piece, cache) for piece in tokens.split([tokens.shape[1] - 8, *[1] * 8], 1)], 1)
-    assert (ours - theirs).abs().max() < 1e-4
-    assert (stepped - theirs).abs().max() < 1e-4
-    assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+        assert (ours - theirs).abs().max() < 1e-4
+        assert torch.equal(ours.argmax(-1), theirs.argmax(-1))
+        # Step by step against transformers step by step: its own two ways already differ by 1.1e-4 here, because logits
+        # reach 45 and a single row is summed in another order than many.
+        cache, their_cache = decoder.make_cache(tokens.shape[1]), None
+        for piece in tokens.split([tokens.shape[1] - 8, *[1] * 8], dim=1):
+            step = reference(piece, past_key_values=their_cache, use_cache=True)
+            their_cache = step.past_key_values
+            assert (decoder(piece, cache) - step.logits).abs().max() < 1e-4

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 from dseek.core.shape import ModelShape
-from dseek.hardware.machine import FORMAT_VERSION, Machine, Overheads
+from dseek.hardware.blocks import SHAPES as BLOCK_SHAPES
+from dseek.hardware.machine import FORMAT_VERSION, BlockCurve, Machine, Overheads
 from dseek.hardware.measure import measure
 from dseek.hardware.probe import Probe
-from dseek.plan.cost import Layout
-from dseek.plan.formats import CacheDtype, LayerFormats, Variant
+from dseek.plan.formats import VARIANTS, CacheDtype, LayerFormats, Variant
+from dseek.plan.layout import Layout
 from tests.hardware.fake_native import BYTES, CACHE_BYTES, FakeNative, amx, vnni
 
 GB = 10**9
 FAKES = {"vnni": vnni, "amx": amx}
+FUSION = {False: 0.9, True: 0.75}
+BLOCK_ROWS = (1, 4, 16, 32, 128, 512)
+BLOCK_FIELDS = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
 
 
 def shape_of(**changes: object) -> ModelShape:
@@ -75,7 +80,11 @@ def machine(name: str = "vnni", *, memory_bytes: int = 24 * GB, with_torch: bool
         memory_limit_bytes=memory_bytes,
         accelerators=(),
     )
-    with mock.patch.object(measuring, "_measure_torch", return_value=measuring.Measurements()):
+    with (
+        mock.patch.object(measuring, "_measure_torch", return_value=measuring.Measurements()),
+        mock.patch.object(measuring, "block_curves", return_value=block_curves(fake)),
+        mock.patch.object(measuring, "cold_decode_times", new=cold_decode_times),
+    ):
         found = measure(probe, fake)
     linears, attentions = found.linears, found.attentions
     # The interpreter's own times are this computer's: replaced, so that a test says the same everywhere.
@@ -114,14 +123,66 @@ def machine(name: str = "vnni", *, memory_bytes: int = 24 * GB, with_torch: bool
         kernel_variant=fake.variant(),
         process_bytes=60_000_000,
         torch_process_bytes=300_000_000,
+        cold_bytes=found.cold_bytes,
         bandwidths=found.bandwidths,
         gemm=(),
         linears=linears,
         attentions=attentions,
+        blocks=found.blocks,
         scalings=found.scalings,
         overheads=overheads,
         packing=found.packing,
     )
+
+
+def block_curves(fake: FakeNative) -> tuple[BlockCurve, ...]:
+    """Whole blocks of made-up kernels, timed without noise."""
+    curves = []
+    for sizes in BLOCK_SHAPES:
+        shape = shape_of(**{name: getattr(sizes, name) for name in BLOCK_FIELDS}, num_layers=1)
+        for variant in VARIANTS:
+            width = BYTES[variant.weight_format]
+            working_set = sizes.num_layers * shape.num_block_parameters() * width
+            seconds = []
+            for rows in BLOCK_ROWS:
+                heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+                one = fake.attention_s(1 if rows <= 32 else rows, max(64, rows), *heads, "bf16", working_set)
+                attention = fake.dispatch_s + (rows if rows <= 32 else 1) * (one - fake.dispatch_s)
+                seconds.append(attention + block_without_attention_s(fake, shape, variant, rows, working_set))
+            curves.append(
+                BlockCurve(
+                    kernels="native",
+                    weight_format=variant.weight_format,
+                    num_layers=sizes.num_layers,
+                    decode_context=64,
+                    max_decode_rows=32,
+                    num_rows=BLOCK_ROWS,
+                    seconds=tuple(seconds),
+                    **{name: getattr(sizes, name) for name in BLOCK_FIELDS},
+                )
+            )
+    return tuple(curves)
+
+
+def cold_decode_times(
+    fake: FakeNative,
+    heads: tuple[int, int, int],
+    cache: str,
+    contexts: Sequence[int],
+    warm_s: Sequence[float],
+    cold_bytes: int,
+) -> list[float]:
+    """Attention over caches read in turn, timed without noise."""
+    return [fake.attention_s(1, context, *heads, cache, cold_bytes) for context in contexts]
+
+
+def block_without_attention_s(
+    fake: FakeNative, shape: ModelShape, variant: Variant, rows: int, working_set: float
+) -> float:
+    """True time of a block: its parts, of which fusion saves a part that depends on the rows."""
+    parts = sum(fake.linear_s(variant.weight_format, rows, n, k, working_set) for n, k in shape.linear_sizes().values())
+    elements = 4 * shape.hidden_size + shape.query_size + shape.kv_size + 2 * shape.intermediate_size
+    return FUSION[rows > 64] * (parts + rows * elements * 1e-10)
 
 
 def layout_of(shape: ModelShape, variant: Variant, cache_dtype: CacheDtype, *, batch: int = 1) -> Layout:
@@ -150,13 +211,10 @@ def true_times(
     heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
 
     def step(rows: int, sampled: int, attention: float, working_set: float) -> float:
-        layer = sum(
-            fake.linear_s(variant.weight_format, rows, n, k, working_set) for n, k in shape.linear_sizes().values()
-        )
-        elements = 4 * shape.hidden_size + shape.query_size + shape.kv_size + 2 * shape.intermediate_size
+        layer = block_without_attention_s(fake, shape, variant, rows, working_set)
         head = fake.linear_s(variant.table_format, sampled, shape.vocab_size, shape.hidden_size, working_set)
         fixed = 3e-5 + sampled * (3e-6 + shape.vocab_size * 1e-10)
-        return shape.num_layers * (layer + attention + rows * elements * 1e-10) + (head + fixed if sampled else fixed)
+        return shape.num_layers * (layer + attention) + (head + fixed if sampled else fixed)
 
     whole = weights + cache_bytes
     one = fake.attention_s(1, context, *heads, cache, whole)

@@ -41,14 +41,15 @@ def test_median_error_is_small_over_precisions_contexts_and_batches(name: str, s
 def test_measured_points_come_back_exactly() -> None:
     here = machine("vnni")
     rates = Rates(here, "native", 2)
+    curve_set = here.cold_bytes
     for curve in here.linears:
         for rows, seconds in zip(curve.num_rows, curve.seconds, strict=True):
-            found = rates.linear_s(curve.weight_format, rows, curve.num_outputs, curve.num_inputs, 4e9)
+            found = rates.linear_s(curve.weight_format, rows, curve.num_outputs, curve.num_inputs, curve_set)
             assert found == pytest.approx(seconds)
     for attention in here.attentions:
         for context, seconds in zip(attention.contexts, attention.seconds, strict=True):
             heads = (attention.num_heads, attention.num_kv_heads, attention.head_dim)
-            found = rates.attention_s(attention.cache_dtype, attention.num_rows, context, *heads)
+            found = rates.attention_s(attention.cache_dtype, attention.num_rows, context, *heads, curve_set)
             assert found == pytest.approx(seconds)
 
 
@@ -72,7 +73,7 @@ def test_slow_fp16_is_seen_from_measurement_alone() -> None:
     layout = layout_of(SMALL, bf16, "bf16")
     jobs = {"prompt_tokens": 512, "context_tokens": 512, "batch": 1}
     usual = cost.predict(SMALL, here, layout, **jobs)
-    assert cost.predict(SMALL, odd, layout, **jobs).prefill_tokens_s < usual.prefill_tokens_s / 10
+    assert cost.predict(SMALL, odd, layout, **jobs).prefill_tokens_s < usual.prefill_tokens_s / 8
 
 
 def test_small_helpers() -> None:

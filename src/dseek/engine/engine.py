@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dseek.core import events
 from dseek.core.errors import RequestError
 from dseek.engine.batch import Batch, gather
 from dseek.engine.cache import PageAllocator
@@ -97,7 +98,7 @@ class Engine:
         return request
 
     def step(self) -> list[Request]:
-        """Compute one batch and give every request that is due a token.
+        """Compute one batch and give every request that is due a token; emits the event `engine.step`.
 
         Returns:
             The requests that got one, finished or not; empty while only parts of prompts were computed.
@@ -105,7 +106,9 @@ class Engine:
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return []
-        logits = self.runner.forward(gather(scheduled))
+        batch = gather(scheduled)
+        logits = self.runner.forward(batch)
+        events.emit("engine.step", num_rows=batch.num_rows, num_sequences=batch.num_sequences)
         return self._postprocess(scheduled, logits)
 
     def abort(self, request: Request) -> None:

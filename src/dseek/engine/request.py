@@ -102,10 +102,17 @@ class TokenStream(Protocol):
     """Turns ids into text that is final (`dseek.models.tokenizer` makes them)."""
 
     def push(self, token_id: int) -> str:
-        """Take one id and return the text that can no longer change."""
+        """Take one id.
+
+        Args:
+            token_id: the next token of the answer.
+
+        Returns:
+            The text that can no longer change, perhaps empty.
+        """
 
     def flush(self) -> str:
-        """Return what was held back."""
+        """Return what was held back, when no more ids come."""
 
 
 class Request:

@@ -84,7 +84,7 @@ class LinearCurve:
     num_rows: tuple[int, ...]
     """Rows of each point, rising."""
     seconds: tuple[float, ...]
-    """Time a call with the weight in memory, outside every cache (from 128 rows on that makes no difference)."""
+    """Time a call with `Machine.cold_bytes` of weights read in turn (from 128 rows on that makes no difference)."""
     warm_seconds: tuple[float, ...]
     """Time a call with the weight as near as it fits."""
 
@@ -108,7 +108,39 @@ class AttentionCurve:
     contexts: tuple[int, ...]
     """Positions in the cache at each point, rising, the queries' own included."""
     seconds: tuple[float, ...]
-    """Time a call."""
+    """Time a call with caches read in turn, `Machine.cold_bytes` of them (measured for decode only)."""
+    warm_seconds: tuple[float, ...]
+    """Time a call with the cache as near as it fits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockCurve:
+    """Time of a whole decoder block over the rows it is given; corrects the sum of its parts."""
+
+    kernels: str
+    """native or torch."""
+    weight_format: str
+    """Format of all four projections."""
+    hidden_size: int
+    """Width of the residual stream."""
+    intermediate_size: int
+    """Width of the gated MLP."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key and value heads."""
+    head_dim: int
+    """Width of a head."""
+    num_layers: int
+    """Blocks that were run one after the other."""
+    decode_context: int
+    """Positions that each decoding sequence sees."""
+    max_decode_rows: int
+    """Up to so many rows are sequences that decode; more are one prompt."""
+    num_rows: tuple[int, ...]
+    """Rows of each point, rising."""
+    seconds: tuple[float, ...]
+    """Time of one block; cache in bf16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,6 +215,8 @@ class Machine:
     """Memory of a process before it has a model."""
     torch_process_bytes: int
     """The same with PyTorch imported; 0 if PyTorch was not measured."""
+    cold_bytes: int
+    """Working set of the cold timings."""
     bandwidths: tuple[Bandwidth, ...]
     """Read bandwidth over working sets, small to large."""
     gemm: tuple[GemmRate, ...]
@@ -191,6 +225,8 @@ class Machine:
     """Linear layers."""
     attentions: tuple[AttentionCurve, ...]
     """Attention."""
+    blocks: tuple[BlockCurve, ...]
+    """Whole decoder blocks."""
     scalings: tuple[ThreadScaling, ...]
     """Fewer threads, rising; the last entry is all threads, with factors 1."""
     overheads: tuple[Overheads, ...]
@@ -238,7 +274,9 @@ def _check(machine: Machine, where: str) -> None:
     """Refuse what no measurement can be: the planner divides by these numbers."""
     if machine.format_version != FORMAT_VERSION:
         raise ConfigError(f"{where} has format version {machine.format_version}", needed=str(FORMAT_VERSION))
-    sound = machine.num_threads >= 1 and machine.num_cores >= 1 and machine.memory_limit_bytes > 0
+    sound = (
+        machine.num_threads >= 1 and machine.num_cores >= 1 and min(machine.memory_limit_bytes, machine.cold_bytes) > 0
+    )
     sound = sound and all(entry.gbs > 0 and entry.num_bytes > 0 for entry in machine.bandwidths)
     for curve in machine.linears:
         sound = sound and min(curve.num_outputs, curve.num_inputs) > 0
@@ -248,7 +286,13 @@ def _check(machine: Machine, where: str) -> None:
     for attention in machine.attentions:
         sound = sound and min(attention.num_heads, attention.num_kv_heads, attention.head_dim, attention.num_rows) > 0
         sound = sound and _rising(attention.contexts) and len(attention.contexts) == len(attention.seconds)
-        sound = sound and min(attention.seconds, default=0.0) > 0
+        sound = sound and len(attention.warm_seconds) == len(attention.seconds)
+        sound = sound and min((*attention.seconds, *attention.warm_seconds), default=0.0) > 0
+    for block in machine.blocks:
+        sound = sound and min(block.hidden_size, block.intermediate_size, block.num_heads, block.num_kv_heads) > 0
+        sound = sound and min(block.head_dim, block.num_layers, block.decode_context, block.max_decode_rows) > 0
+        sound = sound and _rising(block.num_rows) and len(block.num_rows) == len(block.seconds)
+        sound = sound and min(block.seconds, default=0.0) > 0
     for scaling in machine.scalings:
         sound = sound and min(scaling.num_threads, scaling.matvec, scaling.matmul, scaling.attention) > 0
     for cost in machine.overheads:

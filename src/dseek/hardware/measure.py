@@ -5,9 +5,10 @@
 2. Linear layers in each weight format, over rows from 1 (decode) to 512 (prefill), for several widths, with the weight
    cold (in memory) and warm.
 3. Attention, decode and prefill, over contexts, head counts and cache dtypes.
-4. The same with fewer threads, at three points.
-5. Overheads: an empty dispatch, an element of an activation, the engine's bookkeeping.
-6. PyTorch's products by dtype (`torch_worker`, a process of its own, so that PyTorch is not imported here).
+4. Whole decoder blocks (`blocks`), which correct the sum of the parts.
+5. Parts again with fewer threads, at three points.
+6. Overheads: an empty dispatch, an element of an activation, the engine's bookkeeping.
+7. PyTorch's products by dtype (`torch_worker`, a process of its own, so that PyTorch is not imported here).
 
 The steps share a budget of time: points are ordered by worth, those that come after the end are left out, and what time
 is left goes into timing the same points again.
@@ -28,9 +29,11 @@ import numpy as np
 
 from dseek.core import config, logs
 from dseek.core.errors import ConfigError
+from dseek.hardware.blocks import block_curves, cold_decode_times
 from dseek.hardware.machine import (
     AttentionCurve,
     Bandwidth,
+    BlockCurve,
     GemmRate,
     LinearCurve,
     Overheads,
@@ -46,6 +49,8 @@ Progress = Callable[[float, str], None]
 WEIGHT_FORMATS = ("i8c", "i4g", "i8g", "bf16", "f32", "f16")
 CACHE_DTYPES = ("bf16", "int8", "fp32")
 NUM_ROWS = (1, 2, 4, 8, 16, 32, 128, 512)
+COLD_BYTES = (64 * 2**20, 128 * 2**20)
+"""Least and largest working set of cold timings."""
 COLD_ROWS = 32
 """Up to so many rows the weight's way from memory matters, and is measured apart."""
 
@@ -69,7 +74,7 @@ DECODE_CONTEXTS = (64, 512, 2048, 8192)
 PREFILL_POINTS = {32: (32, 2048), 512: (512, 2048, 8192)}
 """Query rows: contexts."""
 
-BANDWIDTH_SIZES_MB = (8, 32, 128, 384, 1024)
+BANDWIDTH_SIZES_MB = (8, 32, 64, 128, 192, 256, 384, 1024)
 
 MAX_PASSES = 3
 """Every point is timed so often at most, some seconds apart: a neighbour's load comes and goes in seconds."""
@@ -79,6 +84,8 @@ MAX_PASSES = 3
 class Measurements:
     """The measured part of a `Machine`; the fields are explained there."""
 
+    cold_bytes: int = 1
+    """Working set of the cold timings."""
     bandwidths: tuple[Bandwidth, ...] = ()
     """Read bandwidth."""
     gemm: tuple[GemmRate, ...] = ()
@@ -87,6 +94,8 @@ class Measurements:
     """Linear layers."""
     attentions: tuple[AttentionCurve, ...] = ()
     """Attention."""
+    blocks: tuple[BlockCurve, ...] = ()
+    """Whole decoder blocks."""
     scalings: tuple[ThreadScaling, ...] = ()
     """Fewer threads."""
     overheads: tuple[Overheads, ...] = ()
@@ -127,19 +136,26 @@ def measure(
     tell(0.25, "read bandwidth")
     bandwidths = _bandwidths(native, probe)
     tell(0.3, "linear layers")
-    linears = _linear_curves(native, clock.slice(0.62), lambda share: tell(0.3 + 0.45 * share, "linear layers"))
-    tell(0.75, "attention")
-    attentions = _attention_curves(native, clock.slice(0.25))
+    cold_bytes = _cold_bytes(probe)
+    linears = _linear_curves(
+        native, cold_bytes, clock.slice(0.45), lambda share: tell(0.3 + 0.35 * share, "linear layers")
+    )
+    tell(0.65, "attention")
+    attentions = _attention_curves(native, cold_bytes, clock.slice(0.2))
+    tell(0.8, "decoder blocks")
+    blocks = block_curves(native, WEIGHT_FORMATS, MAX_PASSES, clock.slice(0.3))
     tell(0.9, "threads and overheads")
     scalings = _scalings(native, probe.num_threads)
     overheads = _native_overheads(native, probe.num_threads)
     packing = _packing(native)
     tell(1.0, "done")
     return Measurements(
+        cold_bytes=cold_bytes,
         bandwidths=bandwidths,
         gemm=torch_part.gemm,
         linears=linears + torch_part.linears,
         attentions=attentions + torch_part.attentions,
+        blocks=blocks,
         scalings=scalings,
         overheads=(overheads, *torch_part.overheads),
         packing=packing,
@@ -169,8 +185,14 @@ def _bandwidths(native: NativeModule, probe: Probe) -> tuple[Bandwidth, ...]:
     )
 
 
+def _cold_bytes(probe: Probe) -> int:
+    """Three times the last cache, but not more than a model of some size has, and that can be set up in no time."""
+    last_cache = max((cache.num_bytes for cache in probe.caches), default=0)
+    return min(COLD_BYTES[1], max(COLD_BYTES[0], 3 * last_cache))
+
+
 def _linear_curves(
-    native: NativeModule, is_over: Callable[[], bool], tell: Callable[[float], None]
+    native: NativeModule, cold_bytes: int, is_over: Callable[[], bool], tell: Callable[[float], None]
 ) -> tuple[LinearCurve, ...]:
     """Time every format at every shape and number of rows, then again while time lasts; the least time counts.
 
@@ -186,7 +208,7 @@ def _linear_curves(
             points = times.setdefault((weight_format, outputs, inputs), {})
             for num_rows in _rows_of(rank, outputs):
                 points[num_rows] = _least(
-                    points.get(num_rows), _time_linear(native, weight_format, num_rows, outputs, inputs)
+                    points.get(num_rows), _time_linear(native, weight_format, num_rows, outputs, inputs, cold_bytes)
                 )
             tell((attempt + (index + 1) / len(jobs)) / MAX_PASSES)
     return tuple(
@@ -210,27 +232,29 @@ def _rows_of(rank: int, outputs: int) -> tuple[int, ...]:
 
 
 def _time_linear(
-    native: NativeModule, weight_format: str, num_rows: int, outputs: int, inputs: int
+    native: NativeModule, weight_format: str, num_rows: int, outputs: int, inputs: int, cold_bytes: int
 ) -> tuple[float, float]:
     """Cold and warm seconds of one point."""
     repeats = 7 if num_rows <= COLD_ROWS else 3
     warm = native.time_linear(weight_format, num_rows, outputs, inputs, repeats, False)
     if num_rows > COLD_ROWS:
         return warm, warm
-    return max(warm, native.time_linear(weight_format, num_rows, outputs, inputs, repeats, True)), warm
+    # A cold repeat is a pass over all copies, a mean already.
+    return max(warm, native.time_linear(weight_format, num_rows, outputs, inputs, 3, True, cold_bytes)), warm
 
 
 def _least(known: tuple[float, float] | None, new: tuple[float, float]) -> tuple[float, float]:
     return new if known is None else (min(known[0], new[0]), min(known[1], new[1]))
 
 
-def _attention_curves(native: NativeModule, is_over: Callable[[], bool]) -> tuple[AttentionCurve, ...]:
+def _attention_curves(native: NativeModule, cold_bytes: int, is_over: Callable[[], bool]) -> tuple[AttentionCurve, ...]:
     """Time decode and prefill, then again while time lasts; the least time counts.
 
     If the time is over within the first pass, the last head shapes are left out.
     """
     rows_and_contexts = {1: DECODE_CONTEXTS, **PREFILL_POINTS}
-    times: dict[tuple[tuple[int, int, int], str, int], list[float]] = {}
+    warm: dict[tuple[tuple[int, int, int], str, int], list[float]] = {}
+    cold: dict[tuple[tuple[int, int, int], str, int], list[float]] = {}
     for attempt in range(MAX_PASSES):
         for heads in HEAD_SHAPES:
             for cache_dtype in CACHE_DTYPES:
@@ -239,8 +263,12 @@ def _attention_curves(native: NativeModule, is_over: Callable[[], bool]) -> tupl
                 for num_rows, contexts in rows_and_contexts.items():
                     repeats = 3 if num_rows >= 512 else 7
                     new = [native.time_attention(num_rows, at, *heads, cache_dtype, repeats) for at in contexts]
-                    known = times.get((heads, cache_dtype, num_rows), new)
-                    times[heads, cache_dtype, num_rows] = [min(pair) for pair in zip(known, new, strict=True)]
+                    new_cold = new
+                    if num_rows == 1:
+                        new_cold = cold_decode_times(native, heads, cache_dtype, contexts, new, cold_bytes)
+                    key = heads, cache_dtype, num_rows
+                    warm[key] = [min(pair) for pair in zip(warm.get(key, new), new, strict=True)]
+                    cold[key] = [min(pair) for pair in zip(cold.get(key, new_cold), new_cold, strict=True)]
     return tuple(
         AttentionCurve(
             kernels="native",
@@ -250,9 +278,10 @@ def _attention_curves(native: NativeModule, is_over: Callable[[], bool]) -> tupl
             head_dim=heads[2],
             num_rows=num_rows,
             contexts=rows_and_contexts[num_rows],
-            seconds=tuple(seconds),
+            seconds=tuple(cold[heads, cache_dtype, num_rows]),
+            warm_seconds=tuple(seconds),
         )
-        for (heads, cache_dtype, num_rows), seconds in times.items()
+        for (heads, cache_dtype, num_rows), seconds in warm.items()
     )
 
 
@@ -265,7 +294,7 @@ def _scalings(native: NativeModule, num_threads: int) -> tuple[ThreadScaling, ..
         for count in counts:
             native.set_num_threads(count)
             times[count] = (
-                native.time_linear("i8c", 1, 2048, 2048, 9, True),
+                native.time_linear("i8c", 1, 2048, 2048, 5, True, COLD_BYTES[1]),
                 native.time_linear("i8c", 512, 2048, 2048, 3, False),
                 native.time_attention(1, 4096, *HEAD_SHAPES[0], "bf16", 9),
             )
@@ -285,7 +314,10 @@ def _scalings(native: NativeModule, num_threads: int) -> tuple[ThreadScaling, ..
 
 def _native_overheads(native: NativeModule, num_threads: int) -> Overheads:
     """Time an all but empty dispatch, and activations by a stand-in: numpy's exp, which is vectorised as ours are."""
-    dispatch_s = native.time_linear("f32", 1, 16, 32, 51, False)
+    dispatch_s = min(
+        min(native.time_linear("f32", 1, 16, 32, 51, False), native.time_attention(1, 1, 2, 2, 64, "bf16", 51))
+        for _ in range(5)
+    )
     values = np.linspace(-4.0, 4.0, 65536, dtype=np.float32)
     result = np.empty_like(values)
     element_s = _best_of(lambda: np.exp(values, out=result), 15) / values.size / num_threads

@@ -124,6 +124,7 @@ def attention_curves() -> list[AttentionCurve]:
                         num_rows=num_rows,
                         contexts=contexts,
                         seconds=tuple(seconds),
+                        warm_seconds=tuple(seconds),
                     )
                 )
     return curves

@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Norm rows [..., D]."""
+        """Norm the rows of `x`, [..., D]."""
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -151,7 +151,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Map [B, T, D] to [B, T, D]. Source: Shazeer 2020, GLU Variants Improve Transformer, equation 6."""
+        """Map `x_BTD` to [B, T, D].
+
+        Source: Shazeer 2020, GLU Variants Improve Transformer, equation 6.
+        """
         out_BTD: torch.Tensor = self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
         return out_BTD
 
@@ -179,7 +182,18 @@ class Block(nn.Module):
         is_causal: bool,
         cache: KVCache | None,
     ) -> torch.Tensor:
-        """Map [B, T, D] to [B, T, D]; arguments as in `Attention.forward`."""
+        """Run the block.
+
+        Args:
+            x_BTD: [B, T, D] residual stream.
+            rotation: cosine and sine of the rows' positions, [T, d / 2] each.
+            mask_TS: bool [T, S], or None.
+            is_causal: see `Attention.forward`.
+            cache: keys and values so far; appended to.
+
+        Returns:
+            [B, T, D].
+        """
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation, mask_TS, is_causal, cache)
         x_BTD = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
         return x_BTD

@@ -122,6 +122,10 @@ class ModelFiles(ABC):
         """The model's chat template (Jinja), or None."""
 
     @abstractmethod
+    def release(self) -> None:
+        """Tell the system that the weights read so far are not needed in memory any more; they stay readable."""
+
+    @abstractmethod
     def close(self) -> None:
         """Let go of the files; tensors handed out stay valid."""
 

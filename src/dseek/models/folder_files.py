@@ -94,6 +94,11 @@ class FolderFiles(ModelFiles):
         shard, stored_name = self._owners[name]
         return EncodedTensor(name=name, shape=entry.shape, encoding=entry.encoding, data=shard.data(stored_name))
 
+    def release(self) -> None:
+        """Let the system drop the weights read so far from memory."""
+        for shard in self._shards:
+            shard.release()
+
     def close(self) -> None:
         """Let go of the files."""
         for shard in self._shards:

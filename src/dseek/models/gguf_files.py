@@ -94,6 +94,11 @@ class GgufFiles(ModelFiles):
             data = np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
         return EncodedTensor(name=name, shape=entry.shape, encoding=entry.encoding, data=data)
 
+    def release(self) -> None:
+        """Let the system drop the weights read so far from memory."""
+        for part in self._parts:
+            part.release()
+
     def close(self) -> None:
         """Let go of the files."""
         for part in self._parts:

@@ -22,7 +22,7 @@ import numpy as np
 from dseek.core.errors import FileFormatError, UnsupportedModelError
 from dseek.models.config_values import shorten
 from dseek.models.gguf_strings import read_string_array
-from dseek.models.mapped import map_file
+from dseek.models.mapped import map_file, release
 from dseek.ops.tensor import BLOCK_SIZES
 
 MAX_METADATA_ENTRIES = 1 << 16
@@ -132,6 +132,10 @@ class GgufFile:
         """
         tensor = self.tensors[name]
         return np.frombuffer(self._map, dtype=np.uint8, count=tensor.num_bytes, offset=tensor.offset)
+
+    def release(self) -> None:
+        """Let the system drop the pages read so far."""
+        release(self._map)
 
     def close(self) -> None:
         """Let go of the file; it stays mapped while a view of it lives."""

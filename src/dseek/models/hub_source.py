@@ -17,7 +17,7 @@ from dseek.core.errors import FileFormatError, ModelNotFoundError
 _PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
 _IGNORED = ["consolidated*", "*/*", "*.index.fp*.json"]
 """The same weights in another layout, and sub-folders (other exports of the model)."""
-_GGUF_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
+_GGUF_PART = re.compile(r"-\d{5}-of-(\d{5})(?=\.gguf$)")
 
 
 def find_in_hub_cache(name: str) -> Path | None:
@@ -34,11 +34,12 @@ def find_in_hub_cache(name: str) -> Path | None:
 
     repo, file_name = _split(name)
     try:
-        folder = Path(snapshot_download(repo, local_files_only=True))
+        # No pattern: the library would miss the files that were never wanted; what is needed is looked at below.
+        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=[]))
     except LocalEntryNotFoundError:
         return None
     if file_name is not None:
-        return folder / file_name if (folder / file_name).is_file() else None
+        return _whole_gguf(folder / file_name)
     return _whole_model(folder)
 
 
@@ -66,8 +67,8 @@ def fetch_from_hub(name: str, report: Callable[[str], None]) -> Path:
     folder = Path(
         _ask_hub(name, lambda hub: hub.snapshot_download(repo, allow_patterns=patterns, ignore_patterns=ignored))
     )
-    found = folder / file_name if file_name is not None else _whole_model(folder)
-    if found is None or not found.exists():
+    found = _whole_gguf(folder / file_name) if file_name is not None else _whole_model(folder)
+    if found is None:
         raise FileFormatError(f"{name} is not whole after the download ({folder})", remedy="pull it again")
     report(f"{name}: {found}")
     return found
@@ -81,19 +82,19 @@ def _split(name: str) -> tuple[str, str | None]:
 
 def _choose(name: str, files: list[str], file_name: str | None) -> list[str]:
     """Name the files to fetch, as patterns."""
+    ggufs = sorted({_GGUF_PART.sub("", file) for file in files if file.endswith(".gguf") and "/" not in file})
+    shown = ", ".join(ggufs[:8]) + (" ..." if len(ggufs) > 8 else "")
     if file_name is not None:
         if file_name not in files:
-            raise ModelNotFoundError(f"the hub's {name.rsplit('/', 1)[0]} has no file {file_name}")
-        return [_escape(_GGUF_PART.sub("", file_name)), _escape_parts(file_name)]
+            raise ModelNotFoundError(f"the hub has no file {name}", needed=f"one of {shown}" if ggufs else None)
+        return [_escape_parts(file_name)]
     if any(file.endswith(".safetensors") and "/" not in file for file in files):
         return _PATTERNS
-    ggufs = sorted({_GGUF_PART.sub("", file) for file in files if file.endswith(".gguf") and "/" not in file})
     if len(ggufs) == 1:
         first = next(file for file in files if _GGUF_PART.sub("", file) == ggufs[0])
-        return [_escape(ggufs[0]), _escape_parts(first)]
+        return [_escape_parts(first)]
     if ggufs:
-        shown = ", ".join(ggufs[:8]) + (" ..." if len(ggufs) > 8 else "")
-        raise FileFormatError(f"{name} holds {len(ggufs)} GGUF files ({shown})", remedy=f"name one: {name}/{ggufs[0]}")
+        raise FileFormatError(f"{name} holds {len(ggufs)} GGUF files ({shown})", remedy=f"name one: {name}/FILE.gguf")
     raise FileFormatError(
         f"{name} holds no weights that dseek reads", needed="*.safetensors or *.gguf (pickled weights are never read)"
     )
@@ -106,7 +107,7 @@ def _escape(file_name: str) -> str:
 
 def _escape_parts(file_name: str) -> str:
     """A pattern for all parts of a GGUF file in parts (for a whole file: itself)."""
-    return re.sub(r"-\d{5}-of-(\d{5})(?=\.gguf$)", r"-?????-of-\1", _escape(file_name))
+    return _GGUF_PART.sub(r"-?????-of-\1", _escape(file_name))
 
 
 def _whole_model(folder: Path) -> Path | None:
@@ -116,12 +117,22 @@ def _whole_model(folder: Path) -> Path | None:
 
     found = model_in_folder(folder)
     if found is None or not found.is_dir():
-        return found
+        return None if found is None else _whole_gguf(found)
     try:
         find_shards(found)
     except FileFormatError:
         return None
     return found if (found / "tokenizer.json").is_file() else None
+
+
+def _whole_gguf(path: Path) -> Path | None:
+    """The file where it and all further parts are there, else None."""
+    match = _GGUF_PART.search(path.name)
+    if match is None:
+        return path if path.is_file() else None
+    stem, count = path.name[: match.start()], int(match[1])
+    parts = (path.with_name(f"{stem}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1))
+    return path if all(part.is_file() for part in parts) else None
 
 
 def _ask_hub(name: str, ask: Callable[[Any], Any]) -> Any:

@@ -27,3 +27,13 @@ def map_file(path: Path) -> mmap.mmap:
         if path.stat().st_size == 0:
             raise FileFormatError(f"{path} is empty", remedy="download the file again")
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def release(mapping: mmap.mmap) -> None:
+    """Let the system drop the pages of a mapping that have been read; they come back when they are read again.
+
+    Args:
+        mapping: from `map_file`.
+    """
+    if hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)

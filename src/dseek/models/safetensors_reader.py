@@ -19,7 +19,7 @@ import numpy as np
 
 from dseek.core.errors import FileFormatError, UnsupportedModelError
 from dseek.models.config_values import shorten
-from dseek.models.mapped import map_file
+from dseek.models.mapped import map_file, release
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit, so that a header of nonsense cannot fill the memory."""
@@ -92,6 +92,10 @@ class SafetensorsFile:
         """
         tensor = self.tensors[name]
         return np.frombuffer(self._map, dtype=np.uint8, count=tensor.num_bytes, offset=tensor.offset)
+
+    def release(self) -> None:
+        """Let the system drop the pages read so far."""
+        release(self._map)
 
     def close(self) -> None:
         """Let go of the file; it stays mapped while a view of it lives."""

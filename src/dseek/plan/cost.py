@@ -1,10 +1,11 @@
 """The cost model: time and memory of a run, from the model's shape and the machine's measured rates.
 
-    step   = layers x (four linear layers + attention + small operations) + head + bookkeeping
+    step   = layers x (fusion x (four linear layers + small operations) + attention) + head + bookkeeping
     decode = one step of `batch` rows; prefill = steps of at most a chunk of rows
 
 Every linear layer is read off its format's measured curve for the number of rows (`rates`); attention off the curve of
-its cache dtype, but never faster than its cache can be read. What it does not know: other load on the machine, the
+its cache dtype, but never faster than its cache can be read (`parts`); the sum is corrected by what whole blocks took
+(`fusion`). What it does not know: other load on the machine, the
 time a sampler with many filters takes, and the order in which an engine mixes prefill with decode.
 """
 
@@ -12,46 +13,18 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dseek.core.shape import ModelShape
 from dseek.hardware.machine import Machine
-from dseek.plan.formats import CacheDtype, Kernels, LayerFormats, WeightFormat, cache_bytes_per_token, packed_bytes
+from dseek.plan.formats import cache_bytes_per_token, packed_bytes
+from dseek.plan.fusion import Fusion
+from dseek.plan.layout import PAGE_TOKENS, Layout
+from dseek.plan.parts import attention_s
 from dseek.plan.rates import Rates
-
-PAGE_TOKENS = 64
-"""Positions in a page of the cache."""
-
-TORCH_OPERATORS_PER_LAYER = 30
-"""Operators of a decoder block in plain PyTorch besides its linear layers and attention."""
 
 MAX_CHUNKS_COSTED = 32
 """A long prompt's attention is added up from so many of its chunks, evenly spread."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
-    """The part of a plan that time and memory depend on; `Plan` explains the fields."""
-
-    kernels: Kernels
-    """native or torch."""
-    layer_formats: tuple[LayerFormats, ...]
-    """Weight formats, layer by layer."""
-    embedding_format: WeightFormat
-    """Format of the embedding."""
-    head_format: WeightFormat
-    """Format of the output head."""
-    cache_dtype: CacheDtype
-    """Element type of the key/value cache."""
-    num_pages: int
-    """Pages of the cache."""
-    max_batch: int
-    """Sequences at a time."""
-    prefill_chunk_tokens: int
-    """Most rows of a step."""
-    num_threads: int
-    """Threads."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,13 +68,13 @@ def predict(
     Raises:
         ConfigError: the machine was not measured with these kernels.
     """
-    rates = _rates(machine, layout.kernels, layout.num_threads)
+    here = speeds(machine, layout.kernels, layout.num_threads)
     weights, streamed = weight_bytes(shape, layout)
     cache = layout.num_pages * PAGE_TOKENS * _cache_bytes_per_position(shape, layout)
     workspace = workspace_bytes(shape, machine, layout)
     return Prediction(
-        prefill_tokens_s=batch * prompt_tokens / prefill_s(shape, rates, layout, prompt_tokens, batch),
-        decode_tokens_s=batch / decode_s(shape, rates, layout, context_tokens, batch),
+        prefill_tokens_s=batch * prompt_tokens / prefill_s(shape, here, layout, prompt_tokens, batch),
+        decode_tokens_s=batch / decode_s(shape, here, layout, context_tokens, batch),
         weights_bytes=weights,
         streamed_bytes=streamed,
         cache_bytes=cache,
@@ -111,9 +84,14 @@ def predict(
     )
 
 
-@functools.lru_cache(maxsize=64)
-def _rates_of(machine_key: _ByIdentity, kernels: str, num_threads: int) -> Rates:
-    return Rates(machine_key.machine, kernels, num_threads)
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """The machine's times for one set of kernels and number of threads."""
+
+    rates: Rates
+    """Times of parts."""
+    fusion: Fusion
+    """What whole blocks make of their sum."""
 
 
 class _ByIdentity:
@@ -131,16 +109,36 @@ class _ByIdentity:
         return isinstance(other, _ByIdentity) and other.machine is self.machine
 
 
-def _rates(machine: Machine, kernels: str, num_threads: int) -> Rates:
-    return _rates_of(_ByIdentity(machine), kernels, num_threads)
+@functools.lru_cache(maxsize=64)
+def _speeds(key: _ByIdentity, kernels: str, num_threads: int) -> Speeds:
+    machine = key.machine
+    if num_threads >= machine.num_threads:
+        rates = Rates(machine, kernels, num_threads)
+        return Speeds(rates, Fusion(machine, kernels, rates))
+    # Blocks were timed with all threads, so that their correction is that of all threads too.
+    return Speeds(Rates(machine, kernels, num_threads), _speeds(key, kernels, machine.num_threads).fusion)
 
 
-def decode_s(shape: ModelShape, rates: Rates, layout: Layout, context_tokens: int, batch: int) -> float:
+def speeds(machine: Machine, kernels: str, num_threads: int) -> Speeds:
+    """Return the machine's times, made ready once for each set of kernels and number of threads.
+
+    Args:
+        machine: the measurements.
+        kernels: native or torch.
+        num_threads: threads of the run.
+
+    Raises:
+        ConfigError: the machine was not measured with these kernels.
+    """
+    return _speeds(_ByIdentity(machine), kernels, num_threads)
+
+
+def decode_s(shape: ModelShape, here: Speeds, layout: Layout, context_tokens: int, batch: int) -> float:
     """Time of one decode step: one new token for each sequence.
 
     Args:
         shape: the model.
-        rates: the machine's times.
+        here: the machine's times.
         layout: formats and cache.
         context_tokens: positions in each sequence's cache, the new one included.
         batch: sequences.
@@ -150,18 +148,17 @@ def decode_s(shape: ModelShape, rates: Rates, layout: Layout, context_tokens: in
     """
     _, streamed = weight_bytes(shape, layout)
     working_set = streamed + batch * context_tokens * _cache_bytes_per_position(shape, layout)
-    seconds = _linears_s(shape, rates, layout, batch, working_set)
-    seconds += _attention_s(shape, rates, layout, [(1, context_tokens)] * 1, working_set, repeat=batch)
-    seconds += _small_operations_s(shape, rates, layout, batch)
-    return seconds + _head_s(shape, rates, layout, batch, working_set) + _step_s(shape, rates, batch, batch)
+    seconds = _blocks_s(shape, here, layout, batch, working_set)
+    seconds += attention_s(shape, here.rates, layout, [(1, context_tokens)], working_set, repeat=batch)
+    return seconds + _head_s(shape, here, layout, batch, working_set) + _step_s(shape, here.rates, batch, batch)
 
 
-def prefill_s(shape: ModelShape, rates: Rates, layout: Layout, prompt_tokens: int, batch: int) -> float:
+def prefill_s(shape: ModelShape, here: Speeds, layout: Layout, prompt_tokens: int, batch: int) -> float:
     """Time until the prompts of all sequences are in the cache and each has its first token.
 
     Args:
         shape: the model.
-        rates: the machine's times.
+        here: the machine's times.
         layout: formats, cache and chunk.
         prompt_tokens: length of each prompt.
         batch: sequences.
@@ -175,77 +172,28 @@ def prefill_s(shape: ModelShape, rates: Rates, layout: Layout, prompt_tokens: in
     seconds = 0.0
     for num_rows, steps in ((chunk, full_steps), (rest, 1)):
         if num_rows and steps:
-            one = _linears_s(shape, rates, layout, num_rows, weights)
-            one += _small_operations_s(shape, rates, layout, num_rows)
-            seconds += steps * (one + _step_s(shape, rates, 1, 0))
+            seconds += steps * (_blocks_s(shape, here, layout, num_rows, weights) + _step_s(shape, here.rates, 1, 0))
     # Attention, sequence by sequence: a chunk sees what was before it.
     starts = range(0, prompt_tokens, chunk)
     spread = starts[:: max(1, -(-len(starts) // MAX_CHUNKS_COSTED))]
     pieces = [(min(chunk, prompt_tokens - start), min(start + chunk, prompt_tokens)) for start in spread]
-    attention = _attention_s(shape, rates, layout, pieces, weights, repeat=1) * len(starts) / len(spread)
+    attention = attention_s(shape, here.rates, layout, pieces, weights, repeat=1) * len(starts) / len(spread)
     seconds += batch * attention
-    # Only the last row of each prompt asks for logits.
-    return seconds + _head_s(shape, rates, layout, min(batch, max(1, chunk // prompt_tokens)), weights) * (
-        batch / min(batch, max(1, chunk // prompt_tokens))
+    # Only the last row of each prompt asks for logits; short prompts share a step.
+    together = min(batch, max(1, chunk // prompt_tokens))
+    return seconds + batch / together * _head_s(shape, here, layout, together, weights)
+
+
+def _blocks_s(shape: ModelShape, here: Speeds, layout: Layout, num_rows: int, working_set: float) -> float:
+    """All layers without attention; layers of equal formats are costed once."""
+    return sum(
+        count * here.fusion.block_s(shape, here.rates, formats, layout.kernels, num_rows, working_set)
+        for formats, count in Counter(layout.layer_formats).items()
     )
 
 
-def _linears_s(shape: ModelShape, rates: Rates, layout: Layout, num_rows: int, working_set: float) -> float:
-    """All projections of all layers; layers of equal formats are costed once."""
-    seconds = 0.0
-    sizes = shape.linear_sizes()
-    for formats, count in Counter(layout.layer_formats).items():
-        for role, weight_format in formats.by_role().items():
-            seconds += count * rates.linear_s(weight_format, num_rows, *sizes[role], working_set)
-    return seconds
-
-
-def _attention_s(
-    shape: ModelShape,
-    rates: Rates,
-    layout: Layout,
-    pieces: Sequence[tuple[int, int]],
-    working_set: float,
-    *,
-    repeat: int,
-) -> float:
-    """Attention of all layers over pieces of (rows, context), each for `repeat` sequences at once.
-
-    Sequences of one call share the hand-over to the threads.
-    """
-    per_byte_s = rates.stream_s_per_byte(working_set)
-    seconds = 0.0
-    for window, num_layers in _windows(shape):
-        for num_rows, context in pieces:
-            seen = context if window is None else min(context, window + num_rows - 1)
-            one = rates.attention_s(
-                layout.cache_dtype, num_rows, seen, shape.num_heads, shape.num_kv_heads, shape.head_dim
-            )
-            read = seen * cache_bytes_per_token(layout.cache_dtype, shape.num_kv_heads, shape.head_dim)
-            dispatch = min(one, rates.overheads.dispatch_s)
-            seconds += num_layers * (dispatch + repeat * max(one - dispatch, read * per_byte_s))
-    return seconds
-
-
-def _windows(shape: ModelShape) -> list[tuple[int | None, int]]:
-    """Attention windows and how many layers have them."""
-    if shape.sliding_window is None:
-        return [(None, shape.num_layers)]
-    windowed = shape.num_layers if shape.window_layers is None else sum(shape.window_layers)
-    return [(shape.sliding_window, windowed), (None, shape.num_layers - windowed)]
-
-
-def _small_operations_s(shape: ModelShape, rates: Rates, layout: Layout, num_rows: int) -> float:
-    """Norms, rotation, activation and sums: elements touched, and for plain PyTorch its many operators."""
-    elements = 4 * shape.hidden_size + shape.query_size + shape.kv_size + 2 * shape.intermediate_size
-    seconds = num_rows * elements * rates.overheads.element_s
-    if layout.kernels == "torch":
-        seconds += TORCH_OPERATORS_PER_LAYER * rates.overheads.dispatch_s
-    return shape.num_layers * seconds
-
-
-def _head_s(shape: ModelShape, rates: Rates, layout: Layout, num_rows: int, working_set: float) -> float:
-    return rates.linear_s(layout.head_format, num_rows, shape.vocab_size, shape.hidden_size, working_set)
+def _head_s(shape: ModelShape, here: Speeds, layout: Layout, num_rows: int, working_set: float) -> float:
+    return here.rates.linear_s(layout.head_format, num_rows, shape.vocab_size, shape.hidden_size, working_set)
 
 
 def _step_s(shape: ModelShape, rates: Rates, num_sequences: int, num_sampled: int) -> float:

@@ -19,9 +19,10 @@ from dseek.hardware.machine import Machine
 from dseek.hardware.store import load_or_measure
 from dseek.plan import cost, search
 from dseek.plan.candidates import Wishes
-from dseek.plan.cost import PAGE_TOKENS, Layout, Prediction
+from dseek.plan.cost import Prediction
 from dseek.plan.explain import Choice
 from dseek.plan.formats import CacheDtype, Kernels, LayerFormats, Precision, WeightFormat
+from dseek.plan.layout import PAGE_TOKENS, Layout
 from dseek.plan.objective import MAX_BATCH, MAX_CONTEXT_TOKENS, Objective
 
 VERSION = 1

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from dseek.core.errors import ConfigError
 from dseek.hardware.machine import AttentionCurve, LinearCurve, Machine, Overheads
-from dseek.plan.formats import packed_bytes
+from dseek.plan.formats import cache_bytes_per_token, packed_bytes
 
 
 def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
@@ -36,6 +36,20 @@ def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
     upper = next(index for index, value in enumerate(xs) if value >= x)
     share = math.log(x / xs[upper - 1]) / math.log(xs[upper] / xs[upper - 1])
     return ys[upper - 1] * math.pow(ys[upper] / ys[upper - 1], share)
+
+
+def interpolate_level(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """Interpolate as `interpolate` does, but stay at the last value beyond the last point.
+
+    Args:
+        xs: positive, rising.
+        ys: positive, one for each of `xs`.
+        x: where, positive.
+
+    Returns:
+        The value.
+    """
+    return interpolate(xs, ys, min(x, xs[-1]))
 
 
 def blend(points: Sequence[tuple[Sequence[float], float]], place: Sequence[float]) -> float:
@@ -59,9 +73,13 @@ def blend(points: Sequence[tuple[Sequence[float], float]], place: Sequence[float
     return math.exp(weighted / total)
 
 
+STREAMED_ROWS = 64
+"""Up to so many rows the way of a weight from memory is seen."""
+
+
 @dataclass(slots=True)
-class LinearTime:
-    """Time of a linear layer, with its weight from memory and from near."""
+class ColdWarm:
+    """Time of a call with what it reads far and near."""
 
     cold_s: float
     warm_s: float
@@ -100,6 +118,7 @@ class Rates:
         self._bandwidth_sizes = [float(entry.num_bytes) for entry in machine.bandwidths]
         self._bandwidth_seconds = [entry.num_bytes / entry.gbs * 1e-9 for entry in machine.bandwidths]
         self._memory_s_per_byte = 1e-9 / machine.read_bandwidth_gbs
+        self._cold_s_per_byte = self.stream_s_per_byte(machine.cold_bytes)
         scalings = machine.scalings
         threads = [float(entry.num_threads) for entry in scalings]
         self._matvec_scale = _scale(threads, [entry.matvec for entry in scalings], num_threads)
@@ -134,8 +153,8 @@ class Rates:
     ) -> float:
         """Time of one linear layer.
 
-        The measured cold time holds for weights from memory; where the whole working set is small enough to be read
-        faster than memory, the difference in reading time is taken off, down to the warm time.
+        The measured cold time holds for the working set it was measured with; another is read faster or slower, by as
+        much as the measured bandwidths differ. No time is below the warm one.
 
         Args:
             weight_format: a measured format.
@@ -152,14 +171,16 @@ class Rates:
         if known is None:
             time = self._linear_time(weight_format, num_rows, num_outputs, num_inputs)
             num_bytes = packed_bytes(weight_format, num_outputs, num_inputs)
-            saved = num_bytes * max(0.0, self._memory_s_per_byte - self.stream_s_per_byte(working_set_bytes))
+            slower = num_bytes * (self.stream_s_per_byte(working_set_bytes) - self._cold_s_per_byte)
             share = min(1.0, math.log(num_rows) / math.log(512))
             scale = self._matvec_scale ** (1 - share) * self._matmul_scale**share
-            known = max(time.warm_s, time.cold_s - saved) * scale
+            # The more rows share a reading of the weight, the less it matters.
+            seconds = time.cold_s + slower if num_rows <= STREAMED_ROWS else time.cold_s
+            known = max(time.warm_s, seconds) * scale
             self._memory[key] = known
         return known
 
-    def _linear_time(self, weight_format: str, num_rows: int, num_outputs: int, num_inputs: int) -> LinearTime:
+    def _linear_time(self, weight_format: str, num_rows: int, num_outputs: int, num_inputs: int) -> ColdWarm:
         cold, warm = [], []
         for curve in self._linears[weight_format]:
             size = curve.num_outputs * curve.num_inputs
@@ -173,10 +194,10 @@ class Rates:
             longest = max(self._linears[weight_format], key=lambda curve: curve.num_rows[-1])
             size = longest.num_outputs * longest.num_inputs
             seconds = interpolate(longest.num_rows, longest.seconds, num_rows) / size
-            return LinearTime(cold_s=seconds * num_outputs * num_inputs, warm_s=seconds * num_outputs * num_inputs)
+            return ColdWarm(cold_s=seconds * num_outputs * num_inputs, warm_s=seconds * num_outputs * num_inputs)
         place = (num_outputs, num_inputs)
         size = num_outputs * num_inputs
-        return LinearTime(cold_s=blend(cold, place) * size, warm_s=blend(warm, place) * size)
+        return ColdWarm(cold_s=blend(cold, place) * size, warm_s=blend(warm, place) * size)
 
     def attention_s(
         self,
@@ -186,8 +207,11 @@ class Rates:
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        working_set_bytes: float,
     ) -> float:
-        """Time of causal attention of one sequence in one layer, the cache as near as it fits.
+        """Time of causal attention of one sequence in one layer.
+
+        Decode is corrected for the working set as `linear_s` is; prefill is never faster than its cache can be read.
 
         Args:
             cache_dtype: a measured cache dtype.
@@ -196,38 +220,47 @@ class Rates:
             num_heads: query heads.
             num_kv_heads: key/value heads.
             head_dim: width of a head.
+            working_set_bytes: what a whole step reads.
 
         Returns:
             Seconds.
         """
-        key = (cache_dtype, num_rows, context, num_heads, num_kv_heads, head_dim)
+        key = (cache_dtype, num_rows, context, num_heads, num_kv_heads, head_dim, working_set_bytes)
         known = self._memory.get(key)
         if known is None:
-            points = []
+            cold, warm = [], []
             for heads, curves in self._attentions[cache_dtype].items():
                 # Time for each visible pair of positions, query head and channel.
-                pair_s = self._pair_seconds(curves, num_rows, context) / (heads[0] * heads[2])
-                points.append(((heads[0], heads[0] / heads[1], heads[2]), pair_s))
-            pair_s = blend(points, (num_heads, num_heads / num_kv_heads, head_dim))
-            known = pair_s * visible_pairs(num_rows, context) * num_heads * head_dim * self._attention_scale
+                place = (heads[0], heads[0] / heads[1], heads[2])
+                pair = _pair_seconds(curves, num_rows, context)
+                cold.append((place, pair.cold_s / (heads[0] * heads[2])))
+                warm.append((place, pair.warm_s / (heads[0] * heads[2])))
+            where = (num_heads, num_heads / num_kv_heads, head_dim)
+            size = visible_pairs(num_rows, context) * num_heads * head_dim
+            warm_s = blend(warm, where) * size
+            num_bytes = context * cache_bytes_per_token(cache_dtype, num_kv_heads, head_dim)
+            stream = self.stream_s_per_byte(working_set_bytes)
+            seconds = num_bytes * stream
+            if num_rows == 1:
+                seconds = blend(cold, where) * size + num_bytes * (stream - self._cold_s_per_byte)
+            known = max(warm_s, seconds) * self._attention_scale
             self._memory[key] = known
         return known
 
-    @staticmethod
-    def _pair_seconds(curves: Sequence[AttentionCurve], num_rows: int, context: int) -> float:
-        """Time a visible pair with given heads: along each curve's contexts, then between the curves' rows."""
-        ordered = sorted(curves, key=lambda curve: curve.num_rows)
-        rows = [float(curve.num_rows) for curve in ordered]
-        values = []
-        for curve in ordered:
-            # A curve of r rows is read where each row sees as much as it does in the case asked for.
-            at = max(curve.num_rows, context - num_rows / 2 + curve.num_rows / 2)
-            pairs = [float(visible_pairs(curve.num_rows, point)) for point in curve.contexts]
-            wanted = visible_pairs(curve.num_rows, round(at))
-            values.append(interpolate(pairs, curve.seconds, wanted) / wanted)
-        if num_rows >= rows[-1]:
-            return values[-1]
-        return interpolate(rows, values, num_rows)
+
+def _pair_seconds(curves: Sequence[AttentionCurve], num_rows: int, context: int) -> ColdWarm:
+    """Time a visible pair with given heads: along each curve's contexts, then between the curves' rows."""
+    ordered = sorted(curves, key=lambda curve: curve.num_rows)
+    rows = [float(curve.num_rows) for curve in ordered]
+    cold, warm = [], []
+    for curve in ordered:
+        # A curve of r rows is read where each row sees as much as it does in the case asked for.
+        at = max(curve.num_rows, context - num_rows / 2 + curve.num_rows / 2)
+        pairs = [float(visible_pairs(curve.num_rows, point)) for point in curve.contexts]
+        wanted = visible_pairs(curve.num_rows, round(at))
+        cold.append(interpolate(pairs, curve.seconds, wanted) / wanted)
+        warm.append(interpolate(pairs, curve.warm_seconds, wanted) / wanted)
+    return ColdWarm(cold_s=interpolate_level(rows, cold, num_rows), warm_s=interpolate_level(rows, warm, num_rows))
 
 
 def visible_pairs(num_rows: int, context: int) -> int:

@@ -17,9 +17,10 @@ from dseek.core.shape import ModelShape
 from dseek.hardware.machine import Machine
 from dseek.plan import candidates, cost, quality
 from dseek.plan.candidates import BATCHES, Wishes
-from dseek.plan.cost import PAGE_TOKENS, Layout, Prediction
+from dseek.plan.cost import Prediction
 from dseek.plan.explain import Alternative, Choice, loss_text, score_text, size_text
 from dseek.plan.formats import CacheDtype, Kernels, LayerFormats, Precision, Variant
+from dseek.plan.layout import PAGE_TOKENS, Layout
 from dseek.plan.objective import Objective
 
 TIE = 1.03

@@ -1,0 +1,138 @@
+"""`NativeRunner`: runs batches on the compiled decoder, which takes a whole batch through all layers in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from dseek.core.errors import ConfigError
+from dseek.engine.batch import Batch
+from dseek.engine.runner import Runner
+from dseek.models.encoding import to_float32
+from dseek.models.files import ModelFiles
+from dseek.models.rope import rope_table
+from dseek.ops import native
+from dseek.ops.linear.packing import interleave, pack, pad
+from dseek.plan.cost import PAGE_TOKENS
+from dseek.plan.formats import LayerFormats
+from dseek.plan.plan import Plan
+
+_ROLES = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "output": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+class NativeRunner(Runner):
+    """Packed weights, cache and kernels of one model.
+
+    Args:
+        files: the opened model; its weights are packed here and its pages may then be dropped.
+        plan: formats, cache, threads.
+
+    Raises:
+        ConfigError: there are no native kernels, or the plan's pages have another size than theirs.
+    """
+
+    def __init__(self, files: ModelFiles, plan: Plan) -> None:
+        compiled = native.require()
+        if plan.page_tokens != PAGE_TOKENS:
+            raise ConfigError(f"the plan's pages hold {plan.page_tokens} tokens", needed=f"pages of {PAGE_TOKENS}")
+        compiled.set_num_threads(plan.num_threads)
+        self._decoder: Any | None = _build(compiled, files, plan)
+        self._decoder.allocate_cache(plan.num_pages)
+        self.num_pages = plan.num_pages
+        self.weight_bytes: int = self._decoder.weight_bytes
+        """Bytes of packed weights that a decode step of one sequence reads."""
+        self._shape = files.shape
+        self._set_rotary(plan.context_tokens)
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Compute every row of a batch; see `Runner.forward`.
+
+        Args:
+            batch: the rows.
+
+        Returns:
+            float32 [L, V].
+        """
+        assert self._decoder is not None, "the runner is closed"
+        logits: np.ndarray = self._decoder.forward(
+            batch.token_ids, batch.positions, batch.row_starts, batch.page_tables, batch.logit_rows
+        )
+        return logits
+
+    def close(self) -> None:
+        """Free the weights and the cache."""
+        self._decoder = None
+
+    def _set_rotary(self, context_tokens: int) -> None:
+        """Make the tables for positions up to `context_tokens` (some rotations depend on it)."""
+        assert self._decoder is not None
+        cos, sin = rope_table(self._shape, context_tokens, context_tokens)
+        self._decoder.set_rotary(np.ascontiguousarray(cos), np.ascontiguousarray(sin))
+
+
+def _build(compiled: ModuleType, files: ModelFiles, plan: Plan) -> Any:
+    """Pack all weights into a decoder."""
+    shape = files.shape
+    decoder = compiled.Decoder(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        epsilon=shape.rms_norm_eps,
+        cache_type=plan.cache_dtype,
+    )
+    for layer, formats in enumerate(plan.layer_formats):
+        windowed = shape.window_layers is None or shape.window_layers[layer]
+        window = shape.sliding_window if shape.sliding_window is not None and windowed else 0
+        decoder.add_block(**_block(files, f"model.layers.{layer}.", formats), window=window)
+        files.release()
+    tied = not files.has("lm_head.weight")
+    embedding = pack(plan.embedding_format, [files.tensor("model.embed_tokens.weight")], to_float32)
+    if tied and plan.head_format == plan.embedding_format:
+        head = embedding
+    else:
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        head = pack(plan.head_format, [files.tensor(name)], to_float32)
+    decoder.set_tables(embedding=embedding, head=head, final_norm=_vector(files, "model.norm.weight"))
+    files.release()
+    return decoder
+
+
+def _block(files: ModelFiles, prefix: str, formats: LayerFormats) -> dict[str, np.ndarray]:
+    """Packed weights, norms and biases of one block, as the decoder takes them."""
+    arrays: dict[str, np.ndarray] = {}
+    for role, weight_format in formats.by_role().items():
+        names = [prefix + name for name in _ROLES[role]]
+        tensors = [files.tensor(name + ".weight") for name in names]
+        arrays[role] = pack(weight_format, tensors, to_float32, interleaved=role == "gate_up")
+        bias = _joined_bias(files, names)
+        if bias is not None:
+            arrays[role + "_bias"] = interleave(bias) if role == "gate_up" else pad(bias)
+    arrays["input_norm"] = _vector(files, prefix + "input_layernorm.weight")
+    arrays["post_attention_norm"] = _vector(files, prefix + "post_attention_layernorm.weight")
+    if files.shape.qk_norm:
+        arrays["query_norm"] = _vector(files, prefix + "self_attn.q_norm.weight")
+        arrays["key_norm"] = _vector(files, prefix + "self_attn.k_norm.weight")
+    return arrays
+
+
+def _joined_bias(files: ModelFiles, names: Sequence[str]) -> np.ndarray | None:
+    """Biases of the projections of one role, one after the other; None where there is none."""
+    if not files.has(names[0] + ".bias"):
+        return None
+    return np.concatenate([_vector(files, name + ".bias") for name in names])
+
+
+def _vector(files: ModelFiles, name: str) -> np.ndarray:
+    return np.ascontiguousarray(to_float32(files.tensor(name)), dtype=np.float32).reshape(-1)
