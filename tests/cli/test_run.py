@@ -58,7 +58,9 @@ def plan_file(folder: Path, machine: Machine, tmp_path: Path) -> str:
     """A plan for the model on the machine."""
     objective = planning.Objective(context_tokens=128, batch=2)
     with open_model(str(folder)) as files:
-        plan = planning.make(files.shape, machine, objective, encodings=files.encodings(), precision="fp32")
+        plan = planning.make(
+            files.shape, machine, objective, encodings=files.encodings(), precision="fp32", num_threads=1
+        )
     plan.save(tmp_path / "plan.json")
     return str(tmp_path / "plan.json")
 

@@ -31,7 +31,7 @@ def files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def make_plan(**changes: Any) -> Any:
     fields: dict[str, Any] = {
         "precision": "fp32",
-        "num_threads": 2,
+        "num_threads": 1,
         "num_pages": 40,
         "page_tokens": 16,
         "context_tokens": 128,

@@ -125,6 +125,16 @@ Output<uint16_t> attention(const Input<uint16_t, 3>& q, const Input<uint16_t, 3>
     return own<uint16_t>(std::move(memory), {q.shape(0), q.shape(1), q.shape(2)}, {static_cast<int64_t>(q.shape(1)) * d, d, 1});
 }
 
+Output<float> norm(const Input<float, 2>& x, const Vector& weight, float epsilon) {
+    require(weight.size() == x.shape(1) && weight.size() >= 1, "the norm's weight has another width than its rows");
+    const int size = static_cast<int>(x.shape(1));
+    Pages memory(x.size() * sizeof(float));
+    for (size_t row = 0; row < x.shape(0); ++row) {
+        kernels().rms_norm(x.data() + row * size, weight.data(), epsilon, size, memory.as<float>() + row * size);
+    }
+    return own<float>(std::move(memory), {x.shape(0), x.shape(1)}, {size, 1});
+}
+
 // A decoder together with the arrays that it looks into.
 class OwningDecoder {
 public:
@@ -331,6 +341,7 @@ NB_MODULE(_native, module) {
     module.def("pack_encoded", &pack_encoded, "format"_a, "pieces"_a, "k"_a, "interleaved"_a = false);
     module.def("unpack", &unpack, "blob"_a);
     module.def("linear", &linear, "x"_a, "blob"_a);
+    module.def("rms_norm", &norm, "x"_a, "weight"_a, "epsilon"_a);
     module.def("dense_attention", &attention, "q"_a, "k"_a, "v"_a);
     bind_measurements(module);
     bind_decoder(module);

@@ -11,6 +11,7 @@
 
 #include "../common/attention_portable.h"
 #include "linear.h"
+#include "rows.h"
 
 namespace dseek {
 namespace DSEEK_VARIANT {
@@ -142,15 +143,17 @@ struct Multiply512 {
 
 // Queries of one head against one page, for a strip of sixteen rows.
 struct Strip {
-    uint16_t* query;   // [16][d], scaled by log2(e) / sqrt(d)
+    uint16_t* query;   // [16][d]
     float* out;        // [16][d], not normalised
-    float* largest;    // [16]
+    float* largest;    // [16], of the scores times log2(e) / sqrt(d)
     float* lane_sums;  // [16][16], sums kept lane by lane until the end
 };
 
-// Turns scores [16][64] into bf16 weights [16][64] and updates the strip's maximum, sums and output scale.
-inline void soften(const Strip& strip, const WidePage& page, float* scores, uint16_t* weights, int d, bool masked,
-                   int first_key, int first_position, int window) {
+// Turns scores [16][64] into bf16 weights [16][64] and updates the strip's maximum, sums and output scale. The scores
+// are plain products; `factor`, log2(e) / sqrt(d), is applied where the exponent is formed, so that it costs nothing
+// and the queries are rounded only once.
+inline void soften(const Strip& strip, const WidePage& page, float* scores, uint16_t* weights, int d, float factor,
+                   bool masked, int first_key, int first_position, int window) {
     const __m512 hidden = _mm512_set1_ps(kMasked);
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     __m512 peaks[kStrip];
@@ -177,7 +180,8 @@ inline void soften(const Strip& strip, const WidePage& page, float* scores, uint
         peaks[r] = _mm512_max_ps(_mm512_max_ps(part[0], part[1]), _mm512_max_ps(part[2], part[3]));
     }
     const __m512 before = _mm512_loadu_ps(strip.largest);
-    const __m512 largest = _mm512_max_ps(before, row_maxima(peaks));
+    const __m512 scale = _mm512_set1_ps(factor);
+    const __m512 largest = _mm512_max_ps(before, _mm512_mul_ps(row_maxima(peaks), scale));
     const __mmask16 grown = _mm512_cmp_ps_mask(largest, before, _CMP_GT_OQ);
     alignas(64) float bases[kStrip];
     _mm512_store_ps(bases, largest);
@@ -187,18 +191,18 @@ inline void soften(const Strip& strip, const WidePage& page, float* scores, uint
         _mm512_store_ps(factors, exp2_for_bf16(_mm512_max_ps(_mm512_sub_ps(before, largest), _mm512_set1_ps(-200.f))));
         for (unsigned left = grown; left != 0; left &= left - 1) {
             const int r = __builtin_ctz(left);
-            const __m512 factor = _mm512_set1_ps(factors[r]);
+            const __m512 shrink = _mm512_set1_ps(factors[r]);
             float* sums = strip.lane_sums + r * 16;
-            _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(sums), factor));
+            _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(sums), shrink));
             float* out = strip.out + static_cast<size_t>(r) * d;
-            for (int i = 0; i < d; i += 16) _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_loadu_ps(out + i), factor));
+            for (int i = 0; i < d; i += 16) _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_loadu_ps(out + i), shrink));
         }
     }
     for (int r = 0; r < kStrip; ++r) {
         const float* row = scores + r * kPageTokens;
         const __m512 base_row = _mm512_set1_ps(bases[r]);
         __m512 part[4];
-        for (int v = 0; v < 4; ++v) part[v] = exp2_for_bf16(_mm512_sub_ps(_mm512_loadu_ps(row + v * 16), base_row));
+        for (int v = 0; v < 4; ++v) part[v] = exp2_for_bf16(_mm512_fmsub_ps(_mm512_loadu_ps(row + v * 16), scale, base_row));
         float* sums = strip.lane_sums + r * 16;
         const __m512 total = _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
         _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), total));
@@ -245,11 +249,7 @@ void attention_strips(const AttentionCall& call) {
                 continue;
             }
             const float* source = call.query + row * call.query_stride + static_cast<size_t>(head) * d;
-            for (int i = 0; i < d; i += 16) {
-                const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(source + i), _mm512_set1_ps(factor));
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i),
-                                    reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value)));
-            }
+            round_to_bf16(source, d, target);
         }
     }
 
@@ -269,7 +269,7 @@ void attention_strips(const AttentionCall& call) {
                 const size_t state = (static_cast<size_t>(head) * strips + s) * kStrip;
                 const Strip strip{query + state * d, out + state * d, largest + state, sums + state * 16};
                 Multiply::strip(strip.query, d, page.keys, kPageTokens * 2, d / 2, scores, kPageTokens, kPageTokens, false);
-                soften(strip, page, scores, weights, d, masked, first_key, first_position, call.window);
+                soften(strip, page, scores, weights, d, factor, masked, first_key, first_position, call.window);
                 Multiply::strip(weights, kPageTokens, page.values, static_cast<size_t>(d) * 2, kPageTokens / 2, strip.out,
                                 d, d, true);
             }
@@ -303,11 +303,7 @@ void decode_heads(const AttentionCall& call, int head_begin) {
     std::memset(out, 0, out_bytes);
     const __m512 factor = _mm512_set1_ps(call.scale * kLog2E);
     for (int h = 0; h < kHeads; ++h) {
-        const float* source = call.query + static_cast<size_t>(head_begin + h) * d;
-        for (int i = 0; i < d; i += 16) {
-            const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(source + i), factor));
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(query + h * d + i), reinterpret_cast<__m256i>(rounded));
-        }
+        round_to_bf16(call.query + static_cast<size_t>(head_begin + h) * d, d, query + h * d);
     }
     float largest[kHeads];
     __m512 sums[kHeads];
@@ -354,7 +350,7 @@ void decode_heads(const AttentionCall& call, int head_begin) {
         }
         alignas(64) uint16_t weights[kHeads][kPageTokens];
         for (int h = 0; h < kHeads; ++h) {
-            const float peak = _mm512_reduce_max_ps(
+            const float peak = call.scale * kLog2E * _mm512_reduce_max_ps(
                 _mm512_max_ps(_mm512_max_ps(scores[h][0], scores[h][1]), _mm512_max_ps(scores[h][2], scores[h][3])));
             if (peak > largest[h]) {
                 const __m512 correction = _mm512_set1_ps(std::exp2(largest[h] - peak));
@@ -366,7 +362,7 @@ void decode_heads(const AttentionCall& call, int head_begin) {
             }
             const __m512 base = _mm512_set1_ps(largest[h]);
             for (int v = 0; v < 4; ++v) {
-                scores[h][v] = exp2_for_bf16(_mm512_sub_ps(scores[h][v], base));
+                scores[h][v] = exp2_for_bf16(_mm512_fmsub_ps(scores[h][v], factor, base));
                 sums[h] = _mm512_add_ps(sums[h], scores[h][v]);
                 if (page.value_scales != nullptr) {
                     scores[h][v] = _mm512_mul_ps(scores[h][v], _mm512_loadu_ps(page.value_scales + v * 16));
