@@ -6,6 +6,7 @@ the reference would have chosen. Rounding that flips near ties costs next to not
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,8 @@ PEER_REGRET = 1.0
 """The same for a peer: shows that it runs this model at all; its rounding is its own affair."""
 
 QUICK_LOSS = 0.02
-"""Largest relative change of perplexity over the short text that is checked beside every speed."""
+"""Largest change of the mean loss, in nats, over the short text that is checked beside every speed, beside twice the
+standard error of that change: a short text cannot tell more."""
 
 
 def check_answers(
@@ -82,14 +84,16 @@ def check_losses(
         Both perplexities and how often the likeliest tokens agree.
 
     Raises:
-        IncorrectError: they differ by more than `QUICK_LOSS`.
+        IncorrectError: they differ by more than `QUICK_LOSS` allows.
     """
     ours = own.call("nll", token_ids=token_ids, window=window)
     own.freeze()
     with reference(model, threads=threads) as judge:
         theirs = judge.call("nll", token_ids=token_ids, window=window)
     own_perplexity, wanted = perplexity(ours["losses"]), perplexity(theirs["losses"])
-    if not abs(own_perplexity / wanted - 1) <= QUICK_LOSS:
+    changes = [own_loss - loss for own_loss, loss in zip(ours["losses"], theirs["losses"], strict=True)]
+    doubt = statistics.stdev(changes) / math.sqrt(len(changes))
+    if not abs(statistics.fmean(changes)) <= QUICK_LOSS + 2 * doubt:
         raise IncorrectError(f"perplexity {own_perplexity:.4f}, the fp32 reference has {wanted:.4f}")
     return {
         "perplexity": own_perplexity,

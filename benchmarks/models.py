@@ -193,6 +193,6 @@ def _run(command: list[str], target: Path) -> None:
 
 def _pull(alias: str) -> Path:
     """Bring an embedded model to dseek's cache, as `dseek pull` does."""
-    from dseek.models.locate import pull
+    from dseek.models.locate import locate
 
-    return pull(alias, lambda text: print(f"benchmarks: {text}", file=sys.stderr))
+    return locate(alias, lambda text: print(f"benchmarks: {text}", file=sys.stderr))

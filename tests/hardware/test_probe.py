@@ -110,3 +110,19 @@ def test_nothing_known_and_this_machine(tmp_path: Path) -> None:
     assert here.num_threads >= 1
     assert here.memory_limit_bytes <= here.memory_bytes
     assert probing.process_bytes() > 0
+
+
+def test_load_of_others_is_what_is_not_ours(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    own = [5.0]
+    monkeypatch.setattr(probing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(probing, "_own_cpu_s", lambda: own[0])
+    monkeypatch.setattr(probing.os, "sysconf", lambda name: 100)
+    write(root, {"proc/stat": "cpu  1000 0 0 99 0 0 0 0 0 0\ncpu0 1 2 3\n"})
+    others = probing.OtherLoad(root)
+    assert others.share() == 0.0
+    now[0], own[0] = 110.0, 15.0
+    write(root, {"proc/stat": "cpu  2000 100 100 999 0 50 50 200 0 0\n"})
+    assert others.share() == pytest.approx((15.0 - 10.0) / 10.0)
+    write(root, {"proc/stat": ""})
+    assert others.share() == 0.0

@@ -123,6 +123,7 @@ def machine(name: str = "vnni", *, memory_bytes: int = 24 * GB, with_torch: bool
         kernel_variant=fake.variant(),
         process_bytes=60_000_000,
         torch_process_bytes=300_000_000,
+        other_load=0.0,
         cold_bytes=found.cold_bytes,
         bandwidths=found.bandwidths,
         gemm=(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -34,6 +35,16 @@ def test_plan_table(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for expected in ("Plan for some-model", "precision and cache", "threads", "prefill chunk", "chosen", "tokens/s"):
         assert expected in text
+
+
+def test_plan_warns_of_a_disturbed_measurement(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dseek.cli import measuring
+
+    monkeypatch.setattr(measuring, "load_or_measure", lambda **_: dataclasses.replace(machine(), other_load=1.5))
+    assert main(["plan", "m"]) == 0
+    assert "others kept 1.5 processors busy" in capsys.readouterr().out
 
 
 def test_plan_json_and_saved_file_agree(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def _about(machine: Machine) -> Table:
         ("memory", f"{size_text(machine.memory_bytes)}, {size_text(machine.memory_limit_bytes)} usable"),
         ("accelerators", devices or "none"),
         ("read bandwidth", bandwidth),
+        ("other load", f"{machine.other_load:.2f} processors while this was measured"),
         ("machine id", machine.machine_id),
     )
     for name, value in rows:

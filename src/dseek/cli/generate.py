@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         token_ids = chat_token_ids(files, _messages(args.system, prompt))
     else:
         token_ids = text_token_ids(files, prompt)
+    if not token_ids:
+        raise RequestError("the prompt has no tokens", needed="at least one")
 
     # 2. Load and answer.
     with load_from(args, files, batch=1, context=args.context or _context(args, files, len(token_ids))) as llm:

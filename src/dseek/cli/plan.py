@@ -126,6 +126,7 @@ def _size(text: str) -> int:
 def _summary(plan: Plan, machine: Machine) -> Table:
     from rich.table import Table
 
+    from dseek.hardware.store import BUSY
     from dseek.plan.explain import size_text
 
     predicted = plan.predicted
@@ -138,7 +139,7 @@ def _summary(plan: Plan, machine: Machine) -> Table:
         f"{size_text(predicted.peak_bytes)}: weights {size_text(predicted.weights_bytes)}, cache "
         f"{size_text(predicted.cache_bytes)}, process and workspace {size_text(predicted.workspace_bytes)}"
     )
-    rows = (
+    rows: tuple[tuple[str, str], ...] = (
         ("objective", plan.objective.kind),
         ("weights", f"{plan.precision}, stored as {', '.join(formats)}; tables {plan.embedding_format}"),
         ("cache", f"{plan.cache_dtype}, {plan.num_pages} pages of {plan.page_tokens} tokens"),
@@ -149,6 +150,9 @@ def _summary(plan: Plan, machine: Machine) -> Table:
         ("memory", memory),
         ("loading", f"{predicted.load_s:.2f} s"),
     )
+    if machine.other_load > BUSY:
+        busy = f"others kept {machine.other_load:.1f} processors busy while the machine was measured"
+        rows += (("beware", f"{busy}; when it is quiet, run `dseek doctor --refresh`"),)
     table = Table(title=f"Plan for {plan.model}", title_justify="left", show_header=False)
     for name, value in rows:
         table.add_row(name, value)

@@ -215,6 +215,8 @@ class Machine:
     """Memory of a process before it has a model."""
     torch_process_bytes: int
     """The same with PyTorch imported; 0 if PyTorch was not measured."""
+    other_load: float
+    """Processors that others kept busy while this was measured: much of it spoils the timings."""
     cold_bytes: int
     """Working set of the cold timings."""
     bandwidths: tuple[Bandwidth, ...]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,38 @@ def process_bytes() -> int:
     """Memory this process occupies now (0 where the system does not tell)."""
     fields = _read(Path("/proc/self/statm")).split()
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if len(fields) > 1 else 0
+
+
+class OtherLoad:
+    """Watches how much of the processors' time others take (other programs, other guests of the same host).
+
+    Args:
+        root: where `proc` is; tests put a made-up machine here.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._root = root
+        self._busy_s, self._start_s, self._own_s = self._busy(), time.monotonic(), _own_cpu_s()
+
+    def share(self) -> float:
+        """Return the processors that others kept busy since the start, on average (0 where unknown)."""
+        elapsed = time.monotonic() - self._start_s
+        others = self._busy() - self._busy_s - (_own_cpu_s() - self._own_s)
+        return max(0.0, others / elapsed) if elapsed > 0 else 0.0
+
+    def _busy(self) -> float:
+        """Seconds that all processors were not idle, since the machine started; time stolen from a guest counts."""
+        fields = _read(self._root / "proc/stat").partition("\n")[0].split()[1:9]
+        if len(fields) < 8:
+            return 0.0
+        user, nice, system, _, _, irq, softirq, steal = map(int, fields)
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_cpu_s() -> float:
+    """Processor time of this process and of the finished ones it started."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _read(path: Path) -> str:

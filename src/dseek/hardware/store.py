@@ -15,7 +15,10 @@ from dseek.hardware import native as native_module
 from dseek.hardware.machine import FORMAT_VERSION, Machine
 from dseek.hardware.measure import Progress, measure
 from dseek.hardware.native import NativeModule
-from dseek.hardware.probe import Probe, probe, process_bytes
+from dseek.hardware.probe import OtherLoad, Probe, probe, process_bytes
+
+BUSY = 0.25
+"""Processors that others may keep busy before a measurement is called disturbed."""
 
 
 def load_or_measure(*, refresh: bool = False, progress: Progress | None = None) -> Machine:
@@ -40,7 +43,15 @@ def load_or_measure(*, refresh: bool = False, progress: Progress | None = None) 
         except (ConfigError, OSError, UnicodeDecodeError) as error:
             log.warning("%s is of no use and is measured anew: %s", path, error)
     own_bytes = process_bytes()
+    others = OtherLoad()
     measured = measure(found, native, progress=progress)
+    other_load = round(others.share(), 3)
+    if other_load > BUSY:
+        log.warning(
+            "others kept %.1f processors busy while this machine was measured: predictions will be off; "
+            "run `dseek doctor --refresh` when it is quiet",
+            other_load,
+        )
     machine = Machine(
         format_version=FORMAT_VERSION,
         machine_id=machine_id,
@@ -55,6 +66,7 @@ def load_or_measure(*, refresh: bool = False, progress: Progress | None = None) 
         kernel_variant=variant,
         process_bytes=own_bytes,
         torch_process_bytes=measured.torch_process_bytes,
+        other_load=other_load,
         cold_bytes=measured.cold_bytes,
         bandwidths=measured.bandwidths,
         gemm=measured.gemm,

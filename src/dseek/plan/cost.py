@@ -23,6 +23,18 @@ from dseek.plan.layout import PAGE_TOKENS, Layout
 from dseek.plan.parts import attention_s
 from dseek.plan.rates import Rates
 
+__all__ = [
+    "PAGE_TOKENS",
+    "Layout",
+    "Prediction",
+    "Speeds",
+    "decode_s",
+    "predict",
+    "prefill_s",
+    "speeds",
+    "weight_bytes",
+]
+
 MAX_CHUNKS_COSTED = 32
 """A long prompt's attention is added up from so many of its chunks, evenly spread."""
 

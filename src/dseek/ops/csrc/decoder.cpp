@@ -121,7 +121,7 @@ void Decoder::check(const Batch& batch) const {
 void Decoder::plan(const Batch& batch) {
     constexpr int kQueryBlock = 64;        // rows of one attention task
     constexpr int kRowsForRowMode = 32;    // rows a thread should have before it works on rows of its own
-    constexpr int kLargestRowTask = 128;   // its activations then fit a private cache of 1 to 2 MiB
+    constexpr int kLargestRowTask = 256;   // its activations then fit a private cache of 1 to 2 MiB
     constexpr int kPagesForSplit = 4;      // least pages of a part of a long context
     const int threads = team_->size();
     single_rows_ = batch.num_rows == batch.num_sequences;

@@ -63,9 +63,16 @@ struct Bf16Product {
     static f32x16 finish(const LinearCall&, int, int, const void* sums) { return lanes(_mm512_load_ps(sums)); }
 };
 
+// Bytes that a block brings nearer while it computes: its share of the panels that come next. Without this every first
+// block of a panel would wait for weights from the last-level cache, and with few rows there are not many others.
+struct Ahead {
+    const uint8_t* data = nullptr;
+    int lines_per_step = 0;
+};
+
 // One block of up to 32 rows and two panels. Rows past the end are read (the row buffers are padded) and dropped.
 template <class Product, bool kTwoRowTiles, bool kTwoPanels>
-void amx_block(const LinearCall& call, const uint8_t* panels, int row, int panel) {
+void amx_block(const LinearCall& call, const uint8_t* panels, int row, int panel, Ahead ahead) {
     const Linear& weight = *call.weight;
     using Value = typename Product::Value;
     const size_t a_stride = call.rows->stride * sizeof(Value);
@@ -80,6 +87,9 @@ void amx_block(const LinearCall& call, const uint8_t* panels, int row, int panel
     if constexpr (kTwoRowTiles) _tile_zero(2);
     if constexpr (kTwoRowTiles && kTwoPanels) _tile_zero(3);
     for (int step = 0; step < steps; ++step) {
+        for (int line = 0; line < ahead.lines_per_step; ++line, ahead.data += 64) {
+            _mm_prefetch(reinterpret_cast<const char*>(ahead.data), _MM_HINT_T1);
+        }
         _tile_loadd(4, a0 + step * kTileBytes, a_stride);
         _tile_loadd(6, b0 + step * 1024, kTileBytes);
         Product::multiply_top_left();
@@ -111,9 +121,20 @@ void amx_block(const LinearCall& call, const uint8_t* panels, int row, int panel
 
 template <class Product, bool kTwoPanels>
 void amx_rows(const LinearCall& call, const uint8_t* panels, int panel) {
+    const int blocks = (call.row_end - call.row_begin + 31) / 32;
+    const int steps = call.weight->k_padded / Product::kInputs;
+    Ahead ahead;
+    if (panel + 4 <= call.panel_end) {
+        ahead.data = panels + static_cast<size_t>(panel + 2 - call.panel_begin) * steps * 1024;
+        ahead.lines_per_step = (32 + blocks - 1) / blocks;  // the next two panels have 32 lines a step
+    }
+    const size_t share = static_cast<size_t>(ahead.lines_per_step) * steps * 64;
     int row = call.row_begin;
-    for (; row + 16 < call.row_end; row += 32) amx_block<Product, true, kTwoPanels>(call, panels, row, panel);
-    if (row < call.row_end) amx_block<Product, false, kTwoPanels>(call, panels, row, panel);
+    for (; row + 16 < call.row_end; row += 32) {
+        amx_block<Product, true, kTwoPanels>(call, panels, row, panel, ahead);
+        ahead.data += share;
+    }
+    if (row < call.row_end) amx_block<Product, false, kTwoPanels>(call, panels, row, panel, ahead);
 }
 
 // `panels` points at panel_begin's data.
