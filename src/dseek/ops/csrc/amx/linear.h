@@ -46,8 +46,17 @@ struct Int8Product {
     static void multiply_top_right() { _tile_dpbusd(1, 4, 7); }
     static void multiply_bottom_left() { _tile_dpbusd(2, 5, 6); }
     static void multiply_bottom_right() { _tile_dpbusd(3, 5, 7); }
-    static f32x16 finish(const LinearCall& call, int row, int panel, const void* sums) {
-        return lanes(scale_channels(*call.weight, panel, _mm512_load_si512(sums), call.rows->scale[row]));
+    // What turns a panel's sums into numbers, loaded once for all rows of a block.
+    struct Channels {
+        __m512i offset;
+        __m512 scale;
+        Channels(const LinearCall& call, int panel)
+            : offset(_mm512_loadu_si512(call.weight->channel_sum() + panel * kPanel)),
+              scale(_mm512_loadu_ps(call.weight->channel_scale() + panel * kPanel)) {}
+    };
+    static __m512 finish(const LinearCall& call, int row, const Channels& channels, const void* sums) {
+        const __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_load_si512(sums), channels.offset));
+        return _mm512_mul_ps(value, _mm512_mul_ps(channels.scale, _mm512_set1_ps(call.rows->scale[row])));
     }
 };
 
@@ -60,7 +69,10 @@ struct Bf16Product {
     static void multiply_top_right() { _tile_dpbf16ps(1, 4, 7); }
     static void multiply_bottom_left() { _tile_dpbf16ps(2, 5, 6); }
     static void multiply_bottom_right() { _tile_dpbf16ps(3, 5, 7); }
-    static f32x16 finish(const LinearCall&, int, int, const void* sums) { return lanes(_mm512_load_ps(sums)); }
+    struct Channels {
+        Channels(const LinearCall&, int) {}
+    };
+    static __m512 finish(const LinearCall&, int, const Channels&, const void* sums) { return _mm512_load_ps(sums); }
 };
 
 // Bytes that a block brings nearer while it computes: its share of the panels that come next. Without this every first
@@ -69,6 +81,32 @@ struct Ahead {
     const uint8_t* data = nullptr;
     int lines_per_step = 0;
 };
+
+// From the sums of a block to the output, row by row.
+template <class Product, bool kTwoPanels, Epilogue kEpilogue>
+void finish_tiles(const LinearCall& call, int row, int panel, int rows, const uint8_t (*sums)[1024]) {
+    const typename Product::Channels first(call, panel), second(call, kTwoPanels ? panel + 1 : panel);
+    const bool biased = call.bias != nullptr;
+    const __m512 first_bias = biased ? _mm512_loadu_ps(call.bias + panel * kPanel) : _mm512_setzero_ps();
+    const __m512 second_bias = biased && kTwoPanels ? _mm512_loadu_ps(call.bias + (panel + 1) * kPanel) : _mm512_setzero_ps();
+    const int channel = kEpilogue == Epilogue::gated ? panel / 2 * kPanel : panel * kPanel;
+    float* out = call.out + static_cast<size_t>(row) * call.out_stride + channel;
+    for (int r = 0; r < rows; ++r, out += call.out_stride) {
+        const uint8_t* source = sums[r / 16 * 2] + r % 16 * kTileBytes;
+        __m512 a = _mm512_add_ps(Product::finish(call, row + r, first, source), first_bias), b = _mm512_setzero_ps();
+        if constexpr (kTwoPanels) b = _mm512_add_ps(Product::finish(call, row + r, second, source + 1024), second_bias);
+        if constexpr (kEpilogue == Epilogue::gated) {
+            _mm512_storeu_ps(out, _mm512_mul_ps(silu_512(a), b));
+            continue;
+        }
+        if constexpr (kEpilogue == Epilogue::add) {
+            a = _mm512_add_ps(a, _mm512_loadu_ps(out));
+            if constexpr (kTwoPanels) b = _mm512_add_ps(b, _mm512_loadu_ps(out + kPanel));
+        }
+        _mm512_storeu_ps(out, a);
+        if constexpr (kTwoPanels) _mm512_storeu_ps(out + kPanel, b);
+    }
+}
 
 // One block of up to 32 rows and two panels. Rows past the end are read (the row buffers are padded) and dropped.
 template <class Product, bool kTwoRowTiles, bool kTwoPanels>
@@ -108,14 +146,11 @@ void amx_block(const LinearCall& call, const uint8_t* panels, int row, int panel
     if constexpr (kTwoPanels) _tile_stored(1, sums[1], kTileBytes);
     if constexpr (kTwoRowTiles) _tile_stored(2, sums[2], kTileBytes);
     if constexpr (kTwoRowTiles && kTwoPanels) _tile_stored(3, sums[3], kTileBytes);
-    constexpr int kPanels = kTwoPanels ? 2 : 1;
     const int rows = std::min(kTwoRowTiles ? 32 : 16, call.row_end - row);
-    for (int r = 0; r < rows; ++r) {
-        f32x16 product[kPanels];
-        for (int p = 0; p < kPanels; ++p) {
-            product[p] = Product::finish(call, row + r, panel + p, sums[r / 16 * 2 + p] + r % 16 * kTileBytes);
-        }
-        finish_row(call, row + r, panel, kPanels, product);
+    switch (call.epilogue) {
+        case Epilogue::store: finish_tiles<Product, kTwoPanels, Epilogue::store>(call, row, panel, rows, sums); return;
+        case Epilogue::add: finish_tiles<Product, kTwoPanels, Epilogue::add>(call, row, panel, rows, sums); return;
+        case Epilogue::gated: finish_tiles<Product, kTwoPanels, Epilogue::gated>(call, row, panel, rows, sums); return;
     }
 }
 

@@ -26,9 +26,13 @@ inline float largest_of(const float* x, int size) {
 inline void quantize_token_avx512(const float* x, int k, int k_padded, const Rows& rows, int row_idx) {
     const int size = round_up(k, 16);
     float* rotated = row_scratch(size);
-    std::memcpy(rotated, x, static_cast<size_t>(k) * 4);
-    std::fill(rotated + k, rotated + size, 0.f);
-    rotate(rotated, size);
+    if (k == size) {
+        rotate(x, rotated, size);
+    } else {
+        std::memcpy(rotated, x, static_cast<size_t>(k) * 4);
+        std::fill(rotated + k, rotated + size, 0.f);
+        rotate(rotated, size);
+    }
     const float largest = largest_of(rotated, size);
     const __m512 inverse = _mm512_set1_ps(largest > 0.f ? 127.f / largest : 0.f);
     rows.scale[row_idx] = largest / 127.f;

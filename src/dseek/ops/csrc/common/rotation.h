@@ -18,9 +18,24 @@ namespace DSEEK_VARIANT {
 constexpr int kRotationRegisters = 64;
 constexpr int kLaneMixBelow = 16;
 
-// Butterflies between the registers of one run; unnormalised. Two stages at a time halve the passes over memory.
-inline void hadamard_registers(float* x, int num_registers) {
+// Butterflies between the registers of one run, from `source` to x; unnormalised. Two stages at a time halve the passes
+// over memory.
+inline void hadamard_registers(const float* source, float* x, int num_registers) {
     int half = 1;
+    if (num_registers >= 4) {
+        for (int i = 0; i < num_registers; i += 4) {
+            const f32x16 a = load(source + i * 16), b = load(source + i * 16 + 16);
+            const f32x16 c = load(source + i * 16 + 32), d = load(source + i * 16 + 48);
+            const f32x16 s = a + b, t = a - b, u = c + d, v = c - d;
+            store(x + i * 16, s + u);
+            store(x + i * 16 + 16, t + v);
+            store(x + i * 16 + 32, s - u);
+            store(x + i * 16 + 48, t - v);
+        }
+        half = 4;
+    } else if (source != x) {
+        std::memcpy(x, source, static_cast<size_t>(num_registers) * 64);
+    }
     for (; half * 4 <= num_registers; half *= 4) {
         for (int start = 0; start < num_registers; start += 4 * half) {
             for (int i = start; i < start + half; ++i) {
@@ -59,15 +74,15 @@ inline f32x16 hadamard_lanes(f32x16 x) {
     return x * sign8 + __builtin_shuffle(x, swap8);
 }
 
-// Rotates `size` values in place; `size` is a multiple of 16.
-inline void rotate(float* x, int size) {
+// Rotates `size` values from `source` to x, which may be the same; `size` is a multiple of 16.
+inline void rotate(const float* source, float* x, int size) {
     int done = 0;
     while (done < size) {
         const int left = (size - done) / 16;
         int run = 1;
         while (run * 2 <= left && run * 2 <= kRotationRegisters) run *= 2;
         float* start = x + done;
-        hadamard_registers(start, run);
+        hadamard_registers(source + done, start, run);
         const bool mix = run < kLaneMixBelow;
         const float norm = 1.f / std::sqrt(static_cast<float>(mix ? run * 16 : run));
         for (int i = 0; i < run; ++i) {
@@ -78,6 +93,8 @@ inline void rotate(float* x, int size) {
         done += run * 16;
     }
 }
+
+inline void rotate(float* x, int size) { rotate(x, x, size); }
 
 }  // namespace DSEEK_VARIANT
 }  // namespace dseek
