@@ -13,7 +13,7 @@
 namespace dseek {
 namespace {
 
-constexpr int kSpinsBeforeYield = 20000;                 // some 0.3 ms: longer than any barrier of a healthy run
+constexpr int kSpinsBeforeYield = 2000;  // some 0.1 ms; a wait beyond that means that another process has the processor
 constexpr auto kIdleBeforeSleep = std::chrono::milliseconds(3);  // longer than the gap between two decode steps
 
 inline void relax() {
@@ -69,6 +69,7 @@ void ThreadPool::work(int thread_idx) {
         for (int spins = 1; generation_.load(std::memory_order_acquire) == seen && !stop_.load(); ++spins) {
             relax();
             if (spins % 1024 != 0) continue;
+            sched_yield();
             if (std::chrono::steady_clock::now() - idle_since < kIdleBeforeSleep) continue;
             std::unique_lock lock(sleep_mutex_);
             num_sleeping_.fetch_add(1);
