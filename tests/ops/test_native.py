@@ -23,7 +23,16 @@ from dseek.ops.tensor import EncodedTensor
 pytestmark = pytest.mark.native
 
 FORMATS = ("f32", "f16", "bf16", "i8c", "i8g", "i4g")
-SIZES = [(1, 64, 576), (2, 16, 32), (3, 80, 576), (7, 100, 96), (9, 33, 1536), (20, 17, 80), (33, 40, 48), (50, 96, 1040)]
+SIZES = [
+    (1, 64, 576),
+    (2, 16, 32),
+    (3, 80, 576),
+    (7, 100, 96),
+    (9, 33, 1536),
+    (20, 17, 80),
+    (33, 40, 48),
+    (50, 96, 1040),
+]
 VARIANTS = native.module().variants() if native.module() is not None else []
 
 
@@ -121,7 +130,9 @@ def test_norm(variant: str, size: int) -> None:
     torch.testing.assert_close(native_norm(x, weight, 1e-5), rms_norm(x, weight, 1e-5), rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("size", [(1, 1, 64), (2, 15, 16), (1, 64, 64), (3, 65, 80), (2, 200, 64), (1, 130, 96), (1, 77, 128)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 1, 64), (2, 15, 16), (1, 64, 64), (3, 65, 80), (2, 200, 64), (1, 130, 96), (1, 77, 128)], ids=str
+)
 def test_attention(variant: str, size: tuple[int, int, int]) -> None:
     q, k, v = (draw(*size, seed=seed).bfloat16() for seed in range(3))
     q[0, -1] *= 30  # one query that looks at a single key
@@ -150,7 +161,10 @@ def test_block(variant: str, weight_format: str, tokens: int) -> None:
     poison()
     found = native_block(
         x,
-        *(blob(getattr(tensors, role), weight_format, interleaved=role == "gate_up") for role in ("qkv", "output", "gate_up", "down")),
+        *(
+            blob(getattr(tensors, role), weight_format, interleaved=role == "gate_up")
+            for role in ("qkv", "output", "gate_up", "down")
+        ),
         tensors.input_norm,
         tensors.post_attention_norm,
         cos,

@@ -16,8 +16,8 @@ from dseek.models.files import ModelFiles
 from dseek.models.rope import rope_table
 from dseek.ops import native
 from dseek.ops.linear.packing import interleave, pack, pad
-from dseek.plan.cost import PAGE_TOKENS
 from dseek.plan.formats import LayerFormats
+from dseek.plan.layout import PAGE_TOKENS
 from dseek.plan.plan import Plan
 
 _ROLES = {

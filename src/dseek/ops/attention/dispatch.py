@@ -29,8 +29,8 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch
     """
     compiled = native.module()
     if compiled is None:
-        swapped = [tensor.transpose(0, 1) for tensor in (q, k, v)]
-        return reference.causal_attention(*swapped).transpose(0, 1).contiguous()
+        q_THd, k_THd, v_THd = (tensor.transpose(0, 1) for tensor in (q, k, v))
+        return reference.causal_attention(q_THd, k_THd, v_THd).transpose(0, 1).contiguous()
     views = [tensor.detach().contiguous().view(torch.uint16).numpy() for tensor in (q, k, v)]
     return torch.from_numpy(compiled.dense_attention(*views)).view(torch.bfloat16)
 

@@ -57,7 +57,8 @@ void check_size(int n, int k) {
 
 using NamedPiece = std::tuple<std::string, int, Blob>;
 
-Output<uint8_t> pack_encoded(const std::string& format_name, const std::vector<NamedPiece>& named, int k, bool interleaved) {
+Output<uint8_t> pack_encoded(const std::string& format_name, const std::vector<NamedPiece>& named, int k,
+                             bool interleaved) {
     std::vector<Piece> pieces;
     int64_t n = 0;
     for (const auto& [encoding, rows, data] : named) {
@@ -115,14 +116,17 @@ Output<uint16_t> attention(const Input<uint16_t, 3>& q, const Input<uint16_t, 3>
     for (int axis = 0; axis < 3; ++axis) {
         require(q.shape(axis) == k.shape(axis) && q.shape(axis) == v.shape(axis), "q, k and v must have one shape");
     }
-    const int heads = static_cast<int>(q.shape(0)), tokens = static_cast<int>(q.shape(1)), d = static_cast<int>(q.shape(2));
-    require(heads >= 1 && tokens >= 1 && d % 16 == 0 && d >= 16 && d <= 512, "head width must be a multiple of 16 up to 512");
+    const int heads = static_cast<int>(q.shape(0)), tokens = static_cast<int>(q.shape(1)),
+              d = static_cast<int>(q.shape(2));
+    require(heads >= 1 && tokens >= 1 && d % 16 == 0 && d >= 16 && d <= 512,
+            "head width must be a multiple of 16 up to 512");
     Pages memory(q.size() * sizeof(uint16_t));
     {
         nb::gil_scoped_release release;
         dense_attention(q.data(), k.data(), v.data(), heads, tokens, d, memory.as<uint16_t>());
     }
-    return own<uint16_t>(std::move(memory), {q.shape(0), q.shape(1), q.shape(2)}, {static_cast<int64_t>(q.shape(1)) * d, d, 1});
+    return own<uint16_t>(std::move(memory), {q.shape(0), q.shape(1), q.shape(2)},
+                         {static_cast<int64_t>(q.shape(1)) * d, d, 1});
 }
 
 Output<float> norm(const Input<float, 2>& x, const Vector& weight, float epsilon) {
@@ -203,8 +207,9 @@ public:
         return own<float>(std::move(logits), {logit_rows.size(), vocab}, {static_cast<int64_t>(stride), 1});
     }
 
-    Output<float> run_blocks(const Input<float, 2>& x, const Input<int32_t, 1>& positions, const Input<int32_t, 1>& row_starts,
-                             const Input<int32_t, 2>& page_tables, int block_begin, int block_end) {
+    Output<float> run_blocks(const Input<float, 2>& x, const Input<int32_t, 1>& positions,
+                             const Input<int32_t, 1>& row_starts, const Input<int32_t, 2>& page_tables, int block_begin,
+                             int block_end) {
         Batch batch = batch_of(positions, row_starts, page_tables);
         require(x.shape(0) == positions.size() && static_cast<int>(x.shape(1)) == decoder_.shape().hidden_size,
                 "hidden states must be [rows, hidden_size]");
@@ -224,8 +229,9 @@ private:
     static Batch batch_of(const Input<int32_t, 1>& positions, const Input<int32_t, 1>& row_starts,
                           const Input<int32_t, 2>& page_tables) {
         constexpr size_t kMostRows = 1u << 24;
-        require(positions.size() <= kMostRows && row_starts.size() >= 2 && page_tables.shape(0) == row_starts.size() - 1,
-                "page_tables must have a row a sequence, and row_starts one entry more");
+        require(
+            positions.size() <= kMostRows && row_starts.size() >= 2 && page_tables.shape(0) == row_starts.size() - 1,
+            "page_tables must have a row a sequence, and row_starts one entry more");
         Batch batch;
         batch.positions = positions.data();
         batch.row_starts = row_starts.data();
@@ -259,8 +265,8 @@ void bind_decoder(nb::module_& module) {
     nb::class_<OwningDecoder>(module, "Decoder")
         .def(
             "__init__",
-            [](OwningDecoder* self, int hidden_size, int intermediate_size, int num_layers, int num_heads, int num_kv_heads,
-               int head_dim, int vocab_size, float epsilon, const std::string& cache_type) {
+            [](OwningDecoder* self, int hidden_size, int intermediate_size, int num_layers, int num_heads,
+               int num_kv_heads, int head_dim, int vocab_size, float epsilon, const std::string& cache_type) {
                 new (self) OwningDecoder({hidden_size, intermediate_size, num_layers, num_heads, num_kv_heads, head_dim,
                                           vocab_size, epsilon, cache_type_from_name(cache_type)});
             },
@@ -284,28 +290,37 @@ void bind_decoder(nb::module_& module) {
 }
 
 void bind_measurements(nb::module_& module) {
-    module.def("read_bandwidth", [](size_t num_bytes, int repeats) {
-        require(num_bytes >= 4096 && repeats >= 1, "read_bandwidth needs at least 4096 bytes and one repeat");
-        nb::gil_scoped_release release;
-        return read_bandwidth(num_bytes, repeats);
-    }, "num_bytes"_a, "repeats"_a);
-    module.def("time_linear", [](const std::string& format, int m, int n, int k, int repeats, bool cold, size_t working_set_bytes) {
-        check_size(n, k);
-        require(m >= 1 && m <= 1 << 20 && repeats >= 1, "time_linear needs at least one row and one repeat");
-        const Format parsed = format_from_name(format);
-        nb::gil_scoped_release release;
-        return time_linear(parsed, m, n, k, repeats, cold ? working_set_bytes : 0);
-    }, "format"_a, "m"_a, "n"_a, "k"_a, "repeats"_a, "cold"_a, "working_set_bytes"_a = size_t{256} << 20);
-    module.def("time_attention", [](int num_query_rows, int context, int num_heads, int num_kv_heads, int head_dim,
-                                    const std::string& cache_type, int repeats) {
-        require(num_query_rows >= 1 && num_query_rows <= context && context <= 1 << 22 && num_kv_heads >= 1 &&
-                    num_heads >= num_kv_heads && num_heads % num_kv_heads == 0 && head_dim >= 16 && head_dim <= 512 &&
-                    head_dim % 16 == 0 && repeats >= 1,
-                "time_attention: sizes out of range");
-        const CacheType type = cache_type_from_name(cache_type);
-        nb::gil_scoped_release release;
-        return time_attention(num_query_rows, context, num_heads, num_kv_heads, head_dim, type, repeats);
-    }, "num_query_rows"_a, "context"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "cache_dtype"_a, "repeats"_a);
+    module.def(
+        "read_bandwidth",
+        [](size_t num_bytes, int repeats) {
+            require(num_bytes >= 4096 && repeats >= 1, "read_bandwidth needs at least 4096 bytes and one repeat");
+            nb::gil_scoped_release release;
+            return read_bandwidth(num_bytes, repeats);
+        },
+        "num_bytes"_a, "repeats"_a);
+    module.def(
+        "time_linear",
+        [](const std::string& format, int m, int n, int k, int repeats, bool cold, size_t working_set_bytes) {
+            check_size(n, k);
+            require(m >= 1 && m <= 1 << 20 && repeats >= 1, "time_linear needs at least one row and one repeat");
+            const Format parsed = format_from_name(format);
+            nb::gil_scoped_release release;
+            return time_linear(parsed, m, n, k, repeats, cold ? working_set_bytes : 0);
+        },
+        "format"_a, "m"_a, "n"_a, "k"_a, "repeats"_a, "cold"_a, "working_set_bytes"_a = size_t{256} << 20);
+    module.def(
+        "time_attention",
+        [](int num_query_rows, int context, int num_heads, int num_kv_heads, int head_dim,
+           const std::string& cache_type, int repeats) {
+            require(num_query_rows >= 1 && num_query_rows <= context && context <= 1 << 22 && num_kv_heads >= 1 &&
+                        num_heads >= num_kv_heads && num_heads % num_kv_heads == 0 && head_dim >= 16 &&
+                        head_dim <= 512 && head_dim % 16 == 0 && repeats >= 1,
+                    "time_attention: sizes out of range");
+            const CacheType type = cache_type_from_name(cache_type);
+            nb::gil_scoped_release release;
+            return time_attention(num_query_rows, context, num_heads, num_kv_heads, head_dim, type, repeats);
+        },
+        "num_query_rows"_a, "context"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "cache_dtype"_a, "repeats"_a);
 }
 
 }  // namespace
@@ -328,15 +343,21 @@ NB_MODULE(_native, module) {
         return names;
     });
     module.def("num_threads", [] { return num_threads(); });
-    module.def("set_num_threads", [](int threads) {
-        require(threads >= 1 && threads <= 1024, "number of threads must be between 1 and 1024");
-        nb::gil_scoped_release release;
-        set_num_threads(threads);
-    }, "num_threads"_a);
-    module.def("packed_bytes", [](const std::string& format, int n, int k, bool interleaved) {
-        check_size(n, k);
-        return make_header(format_from_name(format), n, k, interleaved).num_bytes;
-    }, "format"_a, "n"_a, "k"_a, "interleaved"_a = false);
+    module.def(
+        "set_num_threads",
+        [](int threads) {
+            require(threads >= 1 && threads <= 1024, "number of threads must be between 1 and 1024");
+            nb::gil_scoped_release release;
+            set_num_threads(threads);
+        },
+        "num_threads"_a);
+    module.def(
+        "packed_bytes",
+        [](const std::string& format, int n, int k, bool interleaved) {
+            check_size(n, k);
+            return make_header(format_from_name(format), n, k, interleaved).num_bytes;
+        },
+        "format"_a, "n"_a, "k"_a, "interleaved"_a = false);
     module.def("pack", &pack, "format"_a, "weight"_a, "interleaved"_a = false);
     module.def("pack_encoded", &pack_encoded, "format"_a, "pieces"_a, "k"_a, "interleaved"_a = false);
     module.def("unpack", &unpack, "blob"_a);

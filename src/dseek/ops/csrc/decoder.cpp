@@ -13,8 +13,8 @@ namespace {
 
 void check_linear(const Linear& weight, int n, int k, bool interleaved, const char* name) {
     if (weight.n != n || weight.k != k || weight.interleaved != interleaved) {
-        refuse(std::string(name) + " is " + std::to_string(weight.n) + " x " + std::to_string(weight.k) + "; needed: " +
-               std::to_string(n) + " x " + std::to_string(k) + (interleaved ? ", interleaved" : ""));
+        refuse(std::string(name) + " is " + std::to_string(weight.n) + " x " + std::to_string(weight.k) +
+               "; needed: " + std::to_string(n) + " x " + std::to_string(k) + (interleaved ? ", interleaved" : ""));
     }
 }
 
@@ -136,7 +136,8 @@ void Decoder::plan(const Batch& batch) {
     row_sequence_.assign(batch.num_rows, 0);
     split_start_.assign(batch.num_rows, 0);
     const int groups = shape_.num_kv_heads;
-    const int wanted_splits = std::max(1, (4 * threads + groups * batch.num_sequences - 1) / (groups * batch.num_sequences));
+    const int wanted_splits =
+        std::max(1, (4 * threads + groups * batch.num_sequences - 1) / (groups * batch.num_sequences));
     size_t num_partials = 0;
     for (int s = 0; s < batch.num_sequences; ++s) {
         const int begin = batch.row_starts[s], end = batch.row_starts[s + 1];

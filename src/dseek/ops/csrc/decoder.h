@@ -40,11 +40,11 @@ struct BlockWeights {
 };
 
 struct Batch {
-    const int32_t* token_ids = nullptr;    // [R]
-    const int32_t* positions = nullptr;    // [R], consecutive inside a sequence
-    const int32_t* row_starts = nullptr;   // [num_sequences + 1]
+    const int32_t* token_ids = nullptr;  // [R]
+    const int32_t* positions = nullptr;  // [R], consecutive inside a sequence
+    const int32_t* row_starts = nullptr;  // [num_sequences + 1]
     const int32_t* page_tables = nullptr;  // [num_sequences][pages_per_sequence]
-    const int32_t* logit_rows = nullptr;   // [num_logit_rows], ascending
+    const int32_t* logit_rows = nullptr;  // [num_logit_rows], ascending
     int num_rows = 0;
     int num_sequences = 0;
     int pages_per_sequence = 0;
@@ -58,8 +58,8 @@ struct AttentionTask {
     int row_begin, num_rows;
     int kv_head;
     int page_begin, page_end;  // page_end -1: all
-    int split;                 // index among the row's splits; -1: not split
-    bool holds_newest;         // this task stores the row's key and value
+    int split;  // index among the row's splits; -1: not split
+    bool holds_newest;  // this task stores the row's key and value
     int64_t cost;
 };
 
@@ -93,9 +93,9 @@ private:
     // What one thread owns.
     struct Worker {
         RowBuffer prepared;
-        Pages normed;   // float [block rows][widest]
-        Pages hidden;   // float [block rows][F padded]
-        Pages query;    // float [heads of a group][d]
+        Pages normed;  // float [block rows][widest]
+        Pages hidden;  // float [block rows][F padded]
+        Pages query;  // float [heads of a group][d]
     };
 
     static constexpr int kRowsPreparedByAll = 4;  // up to here every thread prepares all rows, which saves a meeting
@@ -106,7 +106,8 @@ private:
     size_t row_buffer_bytes(int num_rows) const;
 
     // `stage` counts the shared-out stages of a run; it is the thread's own, and equal in all threads.
-    void run_in_rows(const Batch& batch, int thread_idx, int block_begin, int block_end, bool last_needed_only, int& stage);
+    void run_in_rows(const Batch& batch, int thread_idx, int block_begin, int block_end, bool last_needed_only,
+                     int& stage);
     void run_in_channels(const Batch& batch, int thread_idx, int block_begin, int block_end, bool last_needed_only,
                          int& stage);
     void finish(const Batch& batch, int thread_idx, float* logits, int& stage);
@@ -121,8 +122,8 @@ private:
     void merge_splits(int row, float* out) const;
     void gather_needed(const Batch& batch, int thread_idx);
     // Norm (where a weight is given) or merging of splits, then preparation of all rows for `weight`.
-    const Rows& prepare_all(const Linear& weight, const float* x, size_t stride, const float* norm, int num_rows, bool merge,
-                            int thread_idx);
+    const Rows& prepare_all(const Linear& weight, const float* x, size_t stride, const float* norm, int num_rows,
+                            bool merge, int thread_idx);
     void multiply_claimed(const Linear& weight, const Rows& rows, int num_rows, Epilogue epilogue, const float* bias,
                           float* out, size_t out_stride, int thread_idx, int& stage);
 
@@ -162,8 +163,8 @@ private:
     int rows_per_task_ = 0;
     bool single_rows_ = false;
     std::vector<AttentionTask> tasks_, needed_tasks_;
-    std::vector<int> row_splits_;      // [R], 0 where a row is not split
-    std::vector<int> row_sequence_;    // [R]
+    std::vector<int> row_splits_;  // [R], 0 where a row is not split
+    std::vector<int> row_sequence_;  // [R]
     std::vector<size_t> split_start_;  // [R], first slot of a row's partial results
     Pages partial_out_, partial_max_, partial_sum_;
 };

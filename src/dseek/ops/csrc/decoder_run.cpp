@@ -28,7 +28,8 @@ void Decoder::store_rows(const Batch& batch, int layer, int begin, int end) {
     for (int row = begin; row < end;) {
         const int position = batch.positions[row], slot = position % kPageTokens, sequence = row_sequence_[row];
         const int count = std::min({kPageTokens - slot, end - row, batch.row_starts[sequence + 1] - row});
-        const int page = batch.page_tables[static_cast<size_t>(sequence) * batch.pages_per_sequence + position / kPageTokens];
+        const int page =
+            batch.page_tables[static_cast<size_t>(sequence) * batch.pages_per_sequence + position / kPageTokens];
         const float* source = qkv_.as<float>() + static_cast<size_t>(row) * qkv_stride_;
         for (int g = 0; g < shape_.num_kv_heads; ++g) {
             table_->store_tokens(layout_, cache_.data() + layout_.offset(page, layer, g), slot, count,
@@ -69,7 +70,8 @@ void Decoder::mlp_rows(const BlockWeights& block, const float* attended, float* 
     float* target = x + begin * stride;
     float* normed = worker.normed.as<float>();
     float* hidden = worker.hidden.as<float>();
-    const auto multiply = [&](const Linear& weight, Epilogue epilogue, const float* bias, float* out, size_t out_stride) {
+    const auto multiply = [&](const Linear& weight, Epilogue epilogue, const float* bias, float* out,
+                              size_t out_stride) {
         table_->linear({.weight = &weight,
                         .rows = &rows,
                         .row_begin = 0,
@@ -144,13 +146,14 @@ void Decoder::attend(const Batch& batch, const BlockWeights& block, int layer, c
                                  key + static_cast<size_t>(shape_.num_kv_heads) * d, 0);
         }
         for (int head = 0; head < heads; ++head) {
-            turn(row + group_offset + static_cast<size_t>(head) * d, block.query_norm, query + static_cast<size_t>(head) * d);
+            turn(row + group_offset + static_cast<size_t>(head) * d, block.query_norm,
+                 query + static_cast<size_t>(head) * d);
         }
         call.query = query;
     }
     if (task.split >= 0) {
-        const size_t slot = split_start_[task.row_begin] +
-                            static_cast<size_t>(task.split) * shape_.num_kv_heads + task.kv_head;
+        const size_t slot =
+            split_start_[task.row_begin] + static_cast<size_t>(task.split) * shape_.num_kv_heads + task.kv_head;
         call.out = partial_out_.as<float>() + slot * heads * d;
         call.partial_max = partial_max_.as<float>() + slot * heads;
         call.partial_sum = partial_sum_.as<float>() + slot * heads;
@@ -214,7 +217,8 @@ void Decoder::run_in_rows(const Batch& batch, int thread_idx, int block_begin, i
         const bool needed_only = last_needed_only && layer + 1 == block_end;
         team_->barrier();
         const auto& tasks = needed_only ? needed_tasks_ : tasks_;
-        share_out(static_cast<int>(tasks.size()), thread_idx, stage, [&](int task) { attend(batch, block, layer, tasks[task], worker); });
+        share_out(static_cast<int>(tasks.size()), thread_idx, stage,
+                  [&](int task) { attend(batch, block, layer, tasks[task], worker); });
         team_->barrier();
         if (needed_only) {
             if (batch.num_logit_rows == 0) return;
@@ -268,7 +272,8 @@ void Decoder::multiply_claimed(const Linear& weight, const Rows& rows, int num_r
     constexpr int kTilePanels = 4;
     constexpr int kTasksPerThread = 4;
     const int panels = weight.num_panels();
-    const int step = round_up((panels + kTasksPerThread * team_->size() - 1) / (kTasksPerThread * team_->size()), kTilePanels);
+    const int step =
+        round_up((panels + kTasksPerThread * team_->size() - 1) / (kTasksPerThread * team_->size()), kTilePanels);
     share_out((panels + step - 1) / step, thread_idx, stage, [&](int task) {
         table_->linear({.weight = &weight,
                         .rows = &rows,
@@ -289,11 +294,13 @@ void Decoder::finish_block_in_channels(const BlockWeights& block, const float* a
     const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
     const size_t query = static_cast<size_t>(shape_.num_heads) * shape_.head_dim;
     const Rows& attended_rows = prepare_all(block.output, attended, query, nullptr, num_rows, merge, thread_idx);
-    multiply_claimed(block.output, attended_rows, num_rows, Epilogue::add, block.output_bias, x, stride, thread_idx, stage);
+    multiply_claimed(block.output, attended_rows, num_rows, Epilogue::add, block.output_bias, x, stride, thread_idx,
+                     stage);
     const Rows& normed = prepare_all(block.gate_up, x, stride, block.post_attention_norm, num_rows, false, thread_idx);
     multiply_claimed(block.gate_up, normed, num_rows, Epilogue::gated, block.gate_up_bias, hidden_.as<float>(),
                      hidden_stride_, thread_idx, stage);
-    const Rows& hidden = prepare_all(block.down, hidden_.as<float>(), hidden_stride_, nullptr, num_rows, false, thread_idx);
+    const Rows& hidden =
+        prepare_all(block.down, hidden_.as<float>(), hidden_stride_, nullptr, num_rows, false, thread_idx);
     multiply_claimed(block.down, hidden, num_rows, Epilogue::add, block.down_bias, x, stride, thread_idx, stage);
 }
 
@@ -304,12 +311,12 @@ void Decoder::run_in_channels(const Batch& batch, int thread_idx, int block_begi
     for (int layer = block_begin; layer < block_end; ++layer) {
         const BlockWeights& block = blocks_[layer];
         const bool needed_only = last_needed_only && layer + 1 == block_end;
-        const Rows& normed = prepare_all(block.qkv, residual_, stride, block.input_norm, batch.num_rows, false, thread_idx);
-        multiply_claimed(block.qkv, normed, batch.num_rows, Epilogue::store, block.qkv_bias, qkv_.as<float>(), qkv_stride_,
-                         thread_idx, stage);
+        const Rows& normed =
+            prepare_all(block.qkv, residual_, stride, block.input_norm, batch.num_rows, false, thread_idx);
+        multiply_claimed(block.qkv, normed, batch.num_rows, Epilogue::store, block.qkv_bias, qkv_.as<float>(),
+                         qkv_stride_, thread_idx, stage);
         if (!single_rows_) {
-            share_out(batch.num_rows, thread_idx, stage,
-                      [&](int row) {
+            share_out(batch.num_rows, thread_idx, stage, [&](int row) {
                 rotate_row(batch, block, row);
                 store_rows(batch, layer, row, row + 1);
             });
@@ -317,7 +324,8 @@ void Decoder::run_in_channels(const Batch& batch, int thread_idx, int block_begi
         }
         // Lone rows store their keys inside the attention task, so all tasks are needed even in the last layer.
         const auto& tasks = needed_only && !single_rows_ ? needed_tasks_ : tasks_;
-        share_out(static_cast<int>(tasks.size()), thread_idx, stage, [&](int task) { attend(batch, block, layer, tasks[task], worker); });
+        share_out(static_cast<int>(tasks.size()), thread_idx, stage,
+                  [&](int task) { attend(batch, block, layer, tasks[task], worker); });
         team_->barrier();
         if (needed_only) {
             if (batch.num_logit_rows == 0) return;
@@ -332,8 +340,10 @@ void Decoder::run_in_channels(const Batch& batch, int thread_idx, int block_begi
 
 void Decoder::finish(const Batch& batch, int thread_idx, float* logits, int& stage) {
     const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
-    const Rows& rows = prepare_all(head_, needed_x_.as<float>(), stride, final_norm_, batch.num_logit_rows, false, thread_idx);
-    multiply_claimed(head_, rows, batch.num_logit_rows, Epilogue::store, nullptr, logits, logit_stride(), thread_idx, stage);
+    const Rows& rows =
+        prepare_all(head_, needed_x_.as<float>(), stride, final_norm_, batch.num_logit_rows, false, thread_idx);
+    multiply_claimed(head_, rows, batch.num_logit_rows, Epilogue::store, nullptr, logits, logit_stride(), thread_idx,
+                     stage);
 }
 
 }  // namespace dseek

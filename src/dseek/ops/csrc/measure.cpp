@@ -12,9 +12,7 @@
 namespace dseek {
 namespace {
 
-double now_s() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 double median(std::vector<double> values) {
     std::sort(values.begin(), values.end());
@@ -41,7 +39,9 @@ double read_bandwidth(size_t num_bytes, int repeats) {
     double best = 0.;
     for (int repeat = 0; repeat < repeats; ++repeat) {
         const double start = now_s();
-        team.run([&](int thread_idx) { sinks[thread_idx] = kernels().read_bytes(memory.data() + thread_idx * share, share); });
+        team.run([&](int thread_idx) {
+            sinks[thread_idx] = kernels().read_bytes(memory.data() + thread_idx * share, share);
+        });
         const double seconds = now_s() - start;
         best = std::max(best, static_cast<double>(share * static_cast<size_t>(team.size())) / seconds * 1e-9);
     }
@@ -88,8 +88,8 @@ double time_attention(int num_rows, int context, int num_heads, int num_kv_heads
     fill(query.data(), query.size());
     for (int position = 0; position < context; ++position) {
         for (int g = 0; g < num_kv_heads; ++g) {
-            table.store_tokens(layout, cache.data() + layout.offset(position / kPageTokens, 0, g), position % kPageTokens, 1,
-                               token.data(), token.data() + head_dim, 0);
+            table.store_tokens(layout, cache.data() + layout.offset(position / kPageTokens, 0, g),
+                               position % kPageTokens, 1, token.data(), token.data() + head_dim, 0);
         }
     }
     std::vector<float> out(query.size());

@@ -23,7 +23,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     compiled = native.module()
     if compiled is None:
         return reference.rms_norm(x, weight, eps)
-    return torch.from_numpy(compiled.rms_norm(x.detach().contiguous().numpy(), weight.detach().contiguous().numpy(), eps))
+    return torch.from_numpy(
+        compiled.rms_norm(x.detach().contiguous().numpy(), weight.detach().contiguous().numpy(), eps)
+    )
 
 
 @rms_norm.register_fake

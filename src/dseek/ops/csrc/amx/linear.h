@@ -88,7 +88,8 @@ void finish_tiles(const LinearCall& call, int row, int panel, int rows, const ui
     const typename Product::Channels first(call, panel), second(call, kTwoPanels ? panel + 1 : panel);
     const bool biased = call.bias != nullptr;
     const __m512 first_bias = biased ? _mm512_loadu_ps(call.bias + panel * kPanel) : _mm512_setzero_ps();
-    const __m512 second_bias = biased && kTwoPanels ? _mm512_loadu_ps(call.bias + (panel + 1) * kPanel) : _mm512_setzero_ps();
+    const __m512 second_bias =
+        biased && kTwoPanels ? _mm512_loadu_ps(call.bias + (panel + 1) * kPanel) : _mm512_setzero_ps();
     const int channel = kEpilogue == Epilogue::gated ? panel / 2 * kPanel : panel * kPanel;
     float* out = call.out + static_cast<size_t>(row) * call.out_stride + channel;
     for (int r = 0; r < rows; ++r, out += call.out_stride) {

@@ -41,19 +41,23 @@ inline __m512 row_maxima(__m512* rows) {
     };
     __m512 pairs[8], fours[4], eights[2];
     for (int i = 0; i < 8; ++i) {  // rows i and i + 8: halves of 256 bits
-        pairs[i] = merge(rows[i], rows[i + 8], [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x44); },
-                         [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0xee); });
+        pairs[i] = merge(
+            rows[i], rows[i + 8], [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x44); },
+            [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0xee); });
     }
     for (int i = 0; i < 4; ++i) {  // rows i and i + 4: quarters of 128 bits
-        fours[i] = merge(pairs[i], pairs[i + 4], [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x88); },
-                         [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0xdd); });
+        fours[i] = merge(
+            pairs[i], pairs[i + 4], [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x88); },
+            [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0xdd); });
     }
     for (int i = 0; i < 2; ++i) {
-        eights[i] = merge(fours[i], fours[i + 2], [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0x44); },
-                          [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0xee); });
+        eights[i] = merge(
+            fours[i], fours[i + 2], [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0x44); },
+            [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0xee); });
     }
-    const __m512 all = merge(eights[0], eights[1], [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0x88); },
-                             [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0xdd); });
+    const __m512 all = merge(
+        eights[0], eights[1], [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0x88); },
+        [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0xdd); });
     // Quarter q of `all` holds rows (0 or 8) + (0 or 4) by q, and inside it rows + 0, 2, 1, 3.
     const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
     return _mm512_permutexvar_ps(order, all);
@@ -202,7 +206,8 @@ inline void soften(const Strip& strip, const WidePage& page, float* scores, uint
         const float* row = scores + r * kPageTokens;
         const __m512 base_row = _mm512_set1_ps(bases[r]);
         __m512 part[4];
-        for (int v = 0; v < 4; ++v) part[v] = exp2_for_bf16(_mm512_fmsub_ps(_mm512_loadu_ps(row + v * 16), scale, base_row));
+        for (int v = 0; v < 4; ++v)
+            part[v] = exp2_for_bf16(_mm512_fmsub_ps(_mm512_loadu_ps(row + v * 16), scale, base_row));
         float* sums = strip.lane_sums + r * 16;
         const __m512 total = _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
         _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), total));
@@ -229,7 +234,8 @@ void attention_strips(const AttentionCall& call) {
     const size_t score_bytes = kStrip * kPageTokens * 4, weight_bytes = kStrip * kPageTokens * 2;
     const size_t page_bytes = static_cast<size_t>(d) * kPageTokens * 4;
     thread_local Scratch scratch;
-    uint8_t* room = scratch.get(query_bytes + out_bytes + sum_bytes + largest_bytes + score_bytes + weight_bytes + page_bytes);
+    uint8_t* room =
+        scratch.get(query_bytes + out_bytes + sum_bytes + largest_bytes + score_bytes + weight_bytes + page_bytes);
     auto* query = reinterpret_cast<uint16_t*>(room);
     auto* out = reinterpret_cast<float*>(room += query_bytes);
     auto* sums = reinterpret_cast<float*>(room += out_bytes);
@@ -268,10 +274,11 @@ void attention_strips(const AttentionCall& call) {
                                     (call.window > 0 && last_position - call.window + 1 > first_key);
                 const size_t state = (static_cast<size_t>(head) * strips + s) * kStrip;
                 const Strip strip{query + state * d, out + state * d, largest + state, sums + state * 16};
-                Multiply::strip(strip.query, d, page.keys, kPageTokens * 2, d / 2, scores, kPageTokens, kPageTokens, false);
+                Multiply::strip(strip.query, d, page.keys, kPageTokens * 2, d / 2, scores, kPageTokens, kPageTokens,
+                                false);
                 soften(strip, page, scores, weights, d, factor, masked, first_key, first_position, call.window);
-                Multiply::strip(weights, kPageTokens, page.values, static_cast<size_t>(d) * 2, kPageTokens / 2, strip.out,
-                                d, d, true);
+                Multiply::strip(weights, kPageTokens, page.values, static_cast<size_t>(d) * 2, kPageTokens / 2,
+                                strip.out, d, d, true);
             }
         }
     }
@@ -350,8 +357,9 @@ void decode_heads(const AttentionCall& call, int head_begin) {
         }
         alignas(64) uint16_t weights[kHeads][kPageTokens];
         for (int h = 0; h < kHeads; ++h) {
-            const float peak = call.scale * kLog2E * _mm512_reduce_max_ps(
-                _mm512_max_ps(_mm512_max_ps(scores[h][0], scores[h][1]), _mm512_max_ps(scores[h][2], scores[h][3])));
+            const float peak = call.scale * kLog2E *
+                               _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(scores[h][0], scores[h][1]),
+                                                                  _mm512_max_ps(scores[h][2], scores[h][3])));
             if (peak > largest[h]) {
                 const __m512 correction = _mm512_set1_ps(std::exp2(largest[h] - peak));
                 largest[h] = peak;
@@ -369,7 +377,8 @@ void decode_heads(const AttentionCall& call, int head_begin) {
                 }
             }
             _mm512_store_si512(weights[h], reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scores[h][1], scores[h][0])));
-            _mm512_store_si512(weights[h] + 32, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scores[h][3], scores[h][2])));
+            _mm512_store_si512(weights[h] + 32,
+                               reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scores[h][3], scores[h][2])));
         }
         const int pairs = std::min(kPageTokens, newest - first_key + 1 + 1) / 2;  // later slots have weight 0
         int channel = 0;

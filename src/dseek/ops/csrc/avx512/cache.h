@@ -51,7 +51,8 @@ inline void store_sixteen(const CacheLayout& layout, uint8_t* page, int slot, co
         __m512i pairs[16];
         for (int token = 0; token < 16; ++token) {
             const float* source = key + token * stride + i;
-            const __m512 low = _mm512_loadu_ps(source), high = full ? _mm512_loadu_ps(source + 16) : _mm512_setzero_ps();
+            const __m512 low = _mm512_loadu_ps(source),
+                         high = full ? _mm512_loadu_ps(source + 16) : _mm512_setzero_ps();
             pairs[token] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
         }
         transpose16(pairs);
@@ -63,7 +64,8 @@ inline void store_sixteen(const CacheLayout& layout, uint8_t* page, int slot, co
         const float* first = value + token * stride;
         uint16_t* target = values + static_cast<size_t>((slot + token) / 2) * d * 2;
         for (int i = 0; i < d; i += 16) {
-            const __m512i pair = _mm512_or_si512(bf16_of(first + i), _mm512_slli_epi32(bf16_of(first + stride + i), 16));
+            const __m512i pair =
+                _mm512_or_si512(bf16_of(first + i), _mm512_slli_epi32(bf16_of(first + stride + i), 16));
             _mm512_storeu_si512(target + i * 2, pair);
         }
     }
@@ -81,7 +83,8 @@ inline void store_tokens_512(const CacheLayout& layout, uint8_t* page, int slot,
             store_sixteen(layout, page, slot + token, key + token * stride, value + token * stride, stride);
         }
     }
-    for (; token < count; ++token) store_token(layout, page, slot + token, key + token * stride, value + token * stride);
+    for (; token < count; ++token)
+        store_token(layout, page, slot + token, key + token * stride, value + token * stride);
 }
 
 }  // namespace DSEEK_VARIANT

@@ -16,6 +16,18 @@ inline __m512i broadcast4(const void* source) {
 
 inline f32x16 lanes(__m512 value) { return reinterpret_cast<f32x16>(value); }
 
+// How far ahead of its use a weight is asked for when few rows leave the kernel waiting for memory: far enough for the
+// latency, near enough for a private cache. The hardware's own prefetch stops at the end of every panel.
+constexpr size_t kAheadBytes = 32 << 10;
+
+// Whole panels that make up at least kAheadBytes, in bytes.
+inline size_t ahead_bytes(size_t panel_stride, int panels_at_once) {
+    const size_t step = panel_stride * static_cast<size_t>(panels_at_once);
+    return (kAheadBytes + step - 1) / step * step;
+}
+
+inline void ask_for(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1); }
+
 // silu(x) = x / (1 + 2^(-x log2 e)) with a 14-bit reciprocal: what follows is rounded to bf16 or int8 anyway.
 inline __m512 silu_512(__m512 x) {
     const __m512 exponent = _mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(-kLog2E)), _mm512_set1_ps(126.f));
@@ -44,9 +56,11 @@ struct Bf16Tile512 {
         for (int r = 0; r < kRows; ++r) {
             for (int p = 0; p < kPanels; ++p) acc[r][p] = _mm512_setzero_ps();
         }
+        const size_t ahead = ahead_bytes(static_cast<size_t>(k_padded) * kPanel * 2, kPanels) / 2;
         for (int i = 0; i < k_padded; i += 2) {
             __m512bh value[kPanels];
             for (int p = 0; p < kPanels; ++p) {
+                if constexpr (kRows < 6) ask_for(w + (static_cast<size_t>(p) * k_padded + i) * kPanel + ahead);
                 value[p] = reinterpret_cast<__m512bh>(
                     _mm512_loadu_si512(w + (static_cast<size_t>(p) * k_padded + i) * kPanel));
             }
@@ -66,7 +80,8 @@ struct Bf16Tile512 {
 // int32 sums of one panel, minus what the offset of 128 in the activations added, times both scales.
 inline __m512 scale_channels(const Linear& weight, int panel, __m512i sums, float row_scale) {
     const __m512i offset = _mm512_loadu_si512(weight.channel_sum() + panel * kPanel);
-    const __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(weight.channel_scale() + panel * kPanel), _mm512_set1_ps(row_scale));
+    const __m512 scale =
+        _mm512_mul_ps(_mm512_loadu_ps(weight.channel_scale() + panel * kPanel), _mm512_set1_ps(row_scale));
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, offset)), scale);
 }
 
@@ -85,9 +100,13 @@ struct ChannelTile512 {
         for (int r = 0; r < kRows; ++r) {
             for (int p = 0; p < kPanels; ++p) acc[r][p] = _mm512_setzero_si512();
         }
+        const size_t ahead = ahead_bytes(panel_stride, kPanels);
         for (int i = 0; i < weight.k_padded; i += 4) {
             __m512i value[kPanels];
-            for (int p = 0; p < kPanels; ++p) value[p] = _mm512_loadu_si512(w + p * panel_stride + i * kPanel);
+            for (int p = 0; p < kPanels; ++p) {
+                if constexpr (kRows < 6) ask_for(w + p * panel_stride + i * kPanel + ahead);
+                value[p] = _mm512_loadu_si512(w + p * panel_stride + i * kPanel);
+            }
             for (int r = 0; r < kRows; ++r) {
                 const __m512i inputs = broadcast4(x[r] + i);
                 for (int p = 0; p < kPanels; ++p) acc[r][p] = _mm512_dpbusd_epi32(acc[r][p], inputs, value[p]);
@@ -204,8 +223,8 @@ inline void widen_panel_512(const Linear& weight, int panel, uint16_t* out) {
             nibbles ? half_lanes(minima + group * kPanel) : _mm512_mul_ps(scale, _mm512_set1_ps(-128.f));
         const __m512i low_byte = _mm512_set1_epi32(255);
         for (int step = 0; step < 8; ++step) {
-            const __m512i bytes = nibbles ? group_step<true>(data + group * 256, step)
-                                          : group_step<false>(data + group * 512, step);
+            const __m512i bytes =
+                nibbles ? group_step<true>(data + group * 256, step) : group_step<false>(data + group * 512, step);
             __m512i pairs[2];
             for (int half = 0; half < 2; ++half) {
                 const __m512i moved = half == 0 ? bytes : _mm512_srli_epi32(bytes, 16);
@@ -266,7 +285,8 @@ inline void linear_avx512(const LinearCall& call) {
                 return;
             }
             linear_widened(
-                call, 4, [](const LinearCall& part, const uint16_t* panels) { tiles_512(part, Bf16Tile512{part, panels}); },
+                call, 4,
+                [](const LinearCall& part, const uint16_t* panels) { tiles_512(part, Bf16Tile512{part, panels}); },
                 widen_panel_512);
             return;
     }

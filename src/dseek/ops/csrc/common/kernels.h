@@ -89,19 +89,19 @@ struct AttentionCall {
     const CacheLayout* layout = nullptr;
     const uint8_t* cache = nullptr;  // already moved to this layer and head: a page lies at cache + page * page_bytes
     const int32_t* pages = nullptr;  // page numbers of the sequence
-    const float* query = nullptr;    // row r, head h at query + r * query_stride + h * d, rotated, not scaled
+    const float* query = nullptr;  // row r, head h at query + r * query_stride + h * d, rotated, not scaled
     size_t query_stride = 0;
-    float* out = nullptr;            // same shape as query
+    float* out = nullptr;  // same shape as query
     size_t out_stride = 0;
-    int num_heads = 0;               // query heads of this group
-    int first_position = 0;          // position of row 0
+    int num_heads = 0;  // query heads of this group
+    int first_position = 0;  // position of row 0
     int num_rows = 0;
-    int window = 0;                  // newest positions a query sees, 0 = all
-    float scale = 0.f;               // 1 / sqrt(d)
+    int window = 0;  // newest positions a query sees, 0 = all
+    float scale = 0.f;  // 1 / sqrt(d)
     // Decode split over pages: attend to [page_begin, page_end) only and leave the sums unnormalised.
     int page_begin = 0, page_end = -1;
-    float* partial_max = nullptr;    // [num_heads], base-2 exponent
-    float* partial_sum = nullptr;    // [num_heads]
+    float* partial_max = nullptr;  // [num_heads], base-2 exponent
+    float* partial_sum = nullptr;  // [num_heads]
 };
 
 struct KernelTable {

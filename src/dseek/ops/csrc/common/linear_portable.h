@@ -212,8 +212,7 @@ inline void linear_groups(const LinearCall& call) {
                     int8_t values[512];
                     group_values(weight, panel + p, group, values);
                     const f32x16 scale = load_half(weight.group_scale(panel + p) + group * kPanel);
-                    const f32x16 minimum =
-                        has_min ? load_half(weight.group_min(panel + p) + group * kPanel) : f32x16{};
+                    const f32x16 minimum = has_min ? load_half(weight.group_min(panel + p) + group * kPanel) : f32x16{};
                     for (int r = 0; r < rows; ++r) {
                         const int8_t* x = call.rows->row<int8_t>(row + r) + group * kGroup;
                         i32x16 product{};
@@ -244,14 +243,14 @@ inline void widen_panel(const Linear& weight, int panel, uint16_t* out) {
         for (int step = 0; step < 8; ++step) {
             for (int lane = 0; lane < 16; ++lane) {
                 for (int i = 0; i < 4; ++i) {
-                    const float value = static_cast<float>(values[step * 64 + lane * 4 + i]) * scale[lane] + minimum[lane];
+                    const float value =
+                        static_cast<float>(values[step * 64 + lane * 4 + i]) * scale[lane] + minimum[lane];
                     out[((group * 16 + step * 2 + i / 2) * 16 + lane) * 2 + i % 2] = float_to_bf16(value);
                 }
             }
         }
     }
 }
-
 
 // Grouped formats with bf16 rows, many rows: widen a few panels, use them for every row.
 template <class Multiply, class Widen>
@@ -287,7 +286,8 @@ inline void linear_portable(const LinearCall& call) {
         case Format::f32: for_each_tile(call, FloatTile<false>{call}); return;
         case Format::f16: for_each_tile(call, FloatTile<true>{call}); return;
         case Format::bf16:
-            for_each_tile(call, Bf16Tile{call, reinterpret_cast<const uint16_t*>(call.weight->panel(call.panel_begin))});
+            for_each_tile(call,
+                          Bf16Tile{call, reinterpret_cast<const uint16_t*>(call.weight->panel(call.panel_begin))});
             return;
         case Format::i8c: for_each_tile(call, ChannelTile{call}); return;
         case Format::i8g:
@@ -297,7 +297,8 @@ inline void linear_portable(const LinearCall& call) {
                 return;
             }
             linear_widened(
-                call, 2, [](const LinearCall& part, const uint16_t* panels) { for_each_tile(part, Bf16Tile{part, panels}); },
+                call, 2,
+                [](const LinearCall& part, const uint16_t* panels) { for_each_tile(part, Bf16Tile{part, panels}); },
                 widen_panel);
             return;
     }

@@ -110,8 +110,10 @@ void repack_panel(uint8_t* blob, const BlobHeader& header, const std::vector<Pie
     const auto format = static_cast<Format>(header.format);
     const int k = static_cast<int>(header.k), groups = k / kGroup;
     uint8_t* data = blob + sizeof(BlobHeader) + static_cast<size_t>(panel) * panel_bytes(format, k);
-    auto* scales = reinterpret_cast<uint16_t*>(blob + header.scale_offset) + static_cast<size_t>(panel) * groups * kPanel;
-    auto* minima = reinterpret_cast<uint16_t*>(blob + header.extra_offset) + static_cast<size_t>(panel) * groups * kPanel;
+    auto* scales =
+        reinterpret_cast<uint16_t*>(blob + header.scale_offset) + static_cast<size_t>(panel) * groups * kPanel;
+    auto* minima =
+        reinterpret_cast<uint16_t*>(blob + header.extra_offset) + static_cast<size_t>(panel) * groups * kPanel;
     for (int lane = 0; lane < kPanel; ++lane) {
         const int row = source_row(header, panel * kPanel + lane);
         if (row < 0) {
@@ -216,8 +218,8 @@ void check_pieces(const std::vector<Piece>& pieces, int n, int k) {
         }
         const size_t needed = static_cast<size_t>(piece.rows) * (k / layout.elements) * layout.bytes;
         if (piece.num_bytes != needed) {
-            throw std::invalid_argument("a weight has " + std::to_string(piece.num_bytes) + " bytes where its shape needs " +
-                                        std::to_string(needed));
+            throw std::invalid_argument("a weight has " + std::to_string(piece.num_bytes) +
+                                        " bytes where its shape needs " + std::to_string(needed));
         }
         rows += piece.rows;
     }

@@ -76,7 +76,8 @@ inline void pack_groups(Format format, const float* rows, int k_padded, const Bl
                 scales[group * kPanel + lane] = scale_half;
                 minima[group * kPanel + lane] = min_half;
                 for (int i = 0; i < kGroup; ++i) {
-                    values[lane][i] = static_cast<uint8_t>(std::lrintf(std::clamp((w[i] - minimum) * inverse, 0.f, 15.f)));
+                    values[lane][i] =
+                        static_cast<uint8_t>(std::lrintf(std::clamp((w[i] - minimum) * inverse, 0.f, 15.f)));
                 }
             }
         }

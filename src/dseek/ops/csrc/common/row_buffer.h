@@ -13,7 +13,9 @@ struct RowBuffer {
     Pages memory;
 
     // What `lay_out` needs.
-    static size_t bytes(const Linear& weight, RowKind kind, int num_rows) { return Sizes(weight, kind, num_rows).total(); }
+    static size_t bytes(const Linear& weight, RowKind kind, int num_rows) {
+        return Sizes(weight, kind, num_rows).total();
+    }
 
     // Points `rows` into the memory, which must be large enough.
     void lay_out(const Linear& weight, RowKind kind, int num_rows) {
@@ -44,7 +46,8 @@ private:
             num_groups = weight.k_padded / kGroup;
             values = row * static_cast<size_t>(num_rows + kTilePadding);
             scales = round_up_size(static_cast<size_t>(num_rows) * 4, kLine);
-            groups = kind == RowKind::group_s8 ? round_up_size(static_cast<size_t>(num_rows) * num_groups * 4, kLine) : 0;
+            groups =
+                kind == RowKind::group_s8 ? round_up_size(static_cast<size_t>(num_rows) * num_groups * 4, kLine) : 0;
         }
         size_t total() const { return values + scales + 2 * groups; }
     };
