@@ -19,6 +19,22 @@ double median(std::vector<double> values) {
     return values[values.size() / 2];
 }
 
+// Times a call: one that warms up, then up to `repeats` that count. A call that takes long is not repeated for it.
+template <class Call>
+double median_time(int repeats, const Call& call) {
+    constexpr double kLongS = 0.3;
+    std::vector<double> times;
+    double spent = 0.;
+    for (int repeat = -1; repeat < repeats && (times.empty() || spent < kLongS); ++repeat) {
+        const double start = now_s();
+        call();
+        const double seconds = now_s() - start;
+        spent += seconds;
+        if (repeat >= 0 || seconds > kLongS) times.push_back(seconds);
+    }
+    return median(times);
+}
+
 // Small numbers of both signs without a pattern; the arithmetic they cause is that of real weights.
 void fill(float* values, size_t count) {
     uint32_t state = 0x9e3779b9u;
@@ -61,16 +77,15 @@ double time_linear(Format format, int m, int n, int k, int repeats, size_t worki
     for (int copy = 1; copy < copies; ++copy) std::memcpy(blobs.data() + copy * stride, blobs.data(), header.num_bytes);
     std::vector<float> x(static_cast<size_t>(m) * k), out(static_cast<size_t>(m) * header.n_padded);
     fill(x.data(), x.size());
-    std::vector<double> times;
-    for (int repeat = -1; repeat < repeats; ++repeat) {  // the first one warms up
-        // One repeat is a whole pass over the copies, as a decode step is a pass over the layers.
-        const double start = now_s();
-        for (int copy = 0; copy < copies; ++copy) {
-            multiply(view_blob(blobs.data() + copy * stride, header.num_bytes), x.data(), m, out.data());
-        }
-        if (repeat >= 0) times.push_back((now_s() - start) / copies);
-    }
-    return median(times);
+    // One call is a whole pass over the copies, as a decode step is a pass over the layers.
+    return median_time(repeats,
+                       [&] {
+                           for (int copy = 0; copy < copies; ++copy) {
+                               multiply(view_blob(blobs.data() + copy * stride, header.num_bytes), x.data(), m,
+                                        out.data());
+                           }
+                       }) /
+           copies;
 }
 
 double time_attention(int num_rows, int context, int num_heads, int num_kv_heads, int head_dim, CacheType type,
@@ -98,10 +113,8 @@ double time_attention(int num_rows, int context, int num_heads, int num_kv_heads
     // A single row is split over its pages, as the decoder does; here the parts are not joined.
     const int splits = num_rows == 1 ? std::clamp(4 * team.size() / num_kv_heads, 1, std::max(1, num_pages / 4)) : 1;
     std::vector<float> partial(static_cast<size_t>(splits) * num_heads * (head_dim + 2));
-    std::vector<double> times;
-    for (int repeat = -1; repeat < repeats; ++repeat) {
+    return median_time(repeats, [&] {
         team.reset_counter(0);
-        const double start = now_s();
         team.run([&](int) {
             const int count = row_tasks * num_kv_heads * splits;
             for (int task = team.claim(0); task < count; task = team.claim(0)) {
@@ -131,9 +144,7 @@ double time_attention(int num_rows, int context, int num_heads, int num_kv_heads
                 table.attention(call);
             }
         });
-        if (repeat >= 0) times.push_back(now_s() - start);
-    }
-    return median(times);
+    });
 }
 
 }  // namespace dseek

@@ -32,7 +32,9 @@ public:
             config.row_bytes[tile] = kTileBytes;
             config.rows[tile] = kTileRows16;
         }
-        _tile_loadconfig(&config);
+        // Not _tile_loadconfig: GCC 12 declares that it reads eight of the 64 bytes, and may drop the stores to the
+        // rest.
+        __asm__ volatile("ldtilecfg %0" : : "m"(config));
     }
     ~TileSession() { _tile_release(); }
 };

@@ -18,10 +18,11 @@ namespace DSEEK_VARIANT {
 
 constexpr int kStrip = 16;  // queries
 
-// Score of a key that a query may not see: finite, so that differences are never NaN, and so low that its weight is 0
-// beside any real score. A row that has met only such keys holds a sum of no meaning, which its first real key's
-// rescale sets to 0; every row sees at least itself.
+// Score of a key that a query may not see, and the least value that a running maximum takes. Both are finite, so that
+// differences are never NaN, and they lie so far apart that a hidden key's weight is exactly 0 even in a row that has
+// met no other.
 constexpr float kMasked = -1e30f;
+constexpr float kLeastMaximum = -1e20f;
 
 // 2^x for x <= 0, relative error 8e-5: a fiftieth of a bf16 step. Least-maximum fit of degree 3 on [-1/2, 1/2].
 inline __m512 exp2_for_bf16(__m512 x) {
@@ -245,7 +246,7 @@ void attention_strips(const AttentionCall& call) {
     auto* wide = reinterpret_cast<uint16_t*>(room += weight_bytes);
 
     std::memset(out, 0, out_bytes + sum_bytes);
-    std::fill(largest, largest + states * kStrip, kMasked);
+    std::fill(largest, largest + states * kStrip, kLeastMaximum);
     const float factor = call.scale * kLog2E;
     for (int head = 0; head < call.num_heads; ++head) {
         for (int row = 0; row < strips * kStrip; ++row) {
