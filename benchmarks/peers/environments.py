@@ -1,7 +1,7 @@
 """Environments of the peers: one virtual environment each, made on first use.
 
 A peer never shares an environment with dseek or with another peer: their dependencies disagree, and a peer should run
-as its own authors ship it. The folder is `DSEEK_PEERS_DIR` where that is set, else `peers` in dseek's cache. What is
+as its own authors ship it. The folder is `BENCHMARKS_PEERS_DIR` where that is set, else `peers` in dseek's cache. What is
 not known here: whether a wheel fits this processor; a failed installation is an error with pip's last lines.
 """
 
@@ -64,12 +64,12 @@ ENVIRONMENTS: dict[str, PeerEnvironment] = {
 }
 
 
-PEERS_DIR_VARIABLE = "DSEEK_PEERS_DIR"
+PEERS_DIR_VARIABLE = "BENCHMARKS_PEERS_DIR"
 """Environment variable that names the folder of the environments."""
 
 
 def peers_dir() -> Path:
-    """Folder that holds the environments: `DSEEK_PEERS_DIR`, else `peers` in dseek's cache."""
+    """Folder that holds the environments: `BENCHMARKS_PEERS_DIR`, else `peers` in dseek's cache."""
     chosen = os.environ.get(PEERS_DIR_VARIABLE)
     return Path(chosen).expanduser() if chosen else cache_dir() / "peers"
 

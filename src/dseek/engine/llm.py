@@ -7,7 +7,9 @@ or where the plan runs on it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from dseek.core.errors import RequestError
+from dseek.core.errors import DseekError, RequestError
 from dseek.engine.engine import Engine
 from dseek.engine.request import Request, RequestOutput, SamplingParams
 
@@ -71,6 +73,8 @@ def load(
     from dseek.models.files import open_model
 
     files = open_model(model) if isinstance(model, str) else model
+    # The tokenizer is built beside the planning and packing; whoever needs it first waits for it.
+    threading.Thread(target=_build_tokenizer, args=(files,), daemon=True).start()
     try:
         if plan is None:
             plan = make_plan(
@@ -90,6 +94,12 @@ def load(
     except BaseException:
         files.close()
         raise
+
+
+def _build_tokenizer(files: ModelFiles) -> None:
+    """Build a model's tokenizer ahead of its use; an error comes again, and is reported, when it is used."""
+    with contextlib.suppress(DseekError, OSError):
+        files.tokenizer()
 
 
 class LLM:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dseek.core import environment, logs
 from dseek.core.errors import ConfigError
 from dseek.hardware import native as native_module
 from dseek.hardware.machine import FORMAT_VERSION, Machine
-from dseek.hardware.measure import Progress, measure
 from dseek.hardware.native import NativeModule
 from dseek.hardware.probe import OtherLoad, Probe, probe, process_bytes
+
+if TYPE_CHECKING:
+    from dseek.hardware.measure import Progress
 
 BUSY = 0.25
 """Processors that others may keep busy before a measurement is called disturbed."""
@@ -44,6 +47,8 @@ def load_or_measure(*, refresh: bool = False, progress: Progress | None = None) 
             log.warning("%s is of no use and is measured anew: %s", path, error)
     own_bytes = process_bytes()
     others = OtherLoad()
+    from dseek.hardware.measure import measure  # only here: a kept machine is read without it
+
     measured = measure(found, native, progress=progress)
     other_load = round(others.share(), 3)
     if other_load > BUSY:
