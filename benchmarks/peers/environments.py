@@ -1,9 +1,8 @@
 """Environments of the peers: one virtual environment each, made on first use.
 
 A peer never shares an environment with dseek or with another peer: their dependencies disagree, and a peer should run
-as its own authors ship it. The folder is `BENCHMARKS_PEERS_DIR` where that is set, else `peers` in dseek's cache. What
-is
-not known here: whether a wheel fits this processor; a failed installation is an error with pip's last lines.
+as its own authors ship it. The folder is `BENCHMARKS_PEERS_DIR` where that is set, else `peers` in dseek's cache. Not
+known here: whether a wheel fits; a failed installation is an error with pip's last lines.
 """
 
 from __future__ import annotations
