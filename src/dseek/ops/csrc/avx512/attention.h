@@ -329,7 +329,13 @@ void decode_heads(const AttentionCall& call, int head_begin) {
         for (int h = 0; h < kHeads; ++h) {
             for (int v = 0; v < 4; ++v) scores[h][v] = _mm512_setzero_ps();
         }
+        // The next page lies elsewhere in memory, where the hardware's prefetch does not look: ask for it meanwhile.
+        const uint8_t* following =
+            call.cache +
+            static_cast<size_t>(call.pages[std::min(page_idx + 1, range.end_page - 1)]) * layout.page_bytes();
+        const size_t share = layout.head_bytes / static_cast<size_t>(d / 2);
         for (int i = 0; i < d / 2; ++i) {
+            for (size_t byte = i * share / 64 * 64; byte < (i + 1) * share; byte += 64) ask_for(following + byte);
             __m512bh keys[4];
             for (int v = 0; v < 4; ++v) {
                 keys[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(page.keys + (i * kPageTokens + v * 16) * 2));
