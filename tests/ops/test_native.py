@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -103,7 +104,6 @@ def test_rotation_keeps_products_and_spreads_outliers() -> None:
 
 
 def test_grouped_file_encodings_are_moved_unchanged() -> None:
-    gguf = pytest.importorskip("gguf")
     weight = draw(48, 96).numpy()
     for encoding, weight_format in (("Q8_0", "i8g"), ("Q4_0", "i4g"), ("Q4_1", "i4g")):
         kind = gguf.GGMLQuantizationType[encoding]

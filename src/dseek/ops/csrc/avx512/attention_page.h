@@ -18,17 +18,6 @@ namespace DSEEK_VARIANT {
 constexpr float kMasked = -1e30f;
 constexpr float kLeastMaximum = -1e20f;
 
-// 2^x for x <= 0, relative error 8e-5: a fiftieth of a bf16 step. Least-maximum fit of degree 3 on [-1/2, 1/2].
-inline __m512 exp2_for_bf16(__m512 x) {
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 fraction = _mm512_sub_ps(x, whole);
-    __m512 result = _mm512_set1_ps(0.0551715364f);
-    result = _mm512_fmadd_ps(result, fraction, _mm512_set1_ps(0.242611112f));
-    result = _mm512_fmadd_ps(result, fraction, _mm512_set1_ps(0.69326101f));
-    result = _mm512_fmadd_ps(result, fraction, _mm512_set1_ps(0.999928075f));
-    return _mm512_scalef_ps(result, whole);
-}
-
 // 32 int8 values, in order, as 32 bf16 values (exact).
 inline __m512i widen_int8(const int8_t* source) {
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(source));

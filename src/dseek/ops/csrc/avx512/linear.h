@@ -28,17 +28,22 @@ inline size_t ahead_bytes(size_t panel_stride, int panels_at_once) {
 
 inline void ask_for(const void* address) { _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T1); }
 
+// 2^x for |x| <= 126 or any lower x, relative error 8e-5: a fiftieth of a bf16 step. Least-maximum fit of degree 3 on
+// [-1/2, 1/2].
+inline __m512 exp2_for_bf16(__m512 x) {
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 fraction = _mm512_sub_ps(x, whole);
+    __m512 result = _mm512_set1_ps(0.0551715364f);
+    result = _mm512_fmadd_ps(result, fraction, _mm512_set1_ps(0.242611112f));
+    result = _mm512_fmadd_ps(result, fraction, _mm512_set1_ps(0.69326101f));
+    result = _mm512_fmadd_ps(result, fraction, _mm512_set1_ps(0.999928075f));
+    return _mm512_scalef_ps(result, whole);
+}
+
 // silu(x) = x / (1 + 2^(-x log2 e)) with a 14-bit reciprocal: what follows is rounded to bf16 or int8 anyway.
 inline __m512 silu_512(__m512 x) {
     const __m512 exponent = _mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(-kLog2E)), _mm512_set1_ps(126.f));
-    const __m512 whole = _mm512_roundscale_ps(exponent, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 fraction = _mm512_sub_ps(exponent, whole);
-    // Least-maximum fit of degree 3 on [-1/2, 1/2], relative error 8e-5.
-    __m512 power = _mm512_set1_ps(0.0551715364f);
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.242611112f));
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.69326101f));
-    power = _mm512_fmadd_ps(power, fraction, _mm512_set1_ps(0.999928075f));
-    return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(_mm512_scalef_ps(power, whole), _mm512_set1_ps(1.f))));
+    return _mm512_mul_ps(x, _mm512_rcp14_ps(_mm512_add_ps(exp2_for_bf16(exponent), _mm512_set1_ps(1.f))));
 }
 
 // bf16 weights with bf16 rows; two inputs an instruction.
