@@ -18,7 +18,7 @@ const KernelTable& amx_kernels() {
         .row_kind = row_kind_portable,
         .linear = linear_amx,
         .store_tokens = store_tokens_512,
-        .attention = attention_512<MultiplyTiles>,
+        .attention = attention_amx,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,

@@ -1,8 +1,7 @@
 // Attention over the paged bf16 or int8 cache with AVX-512: a strip of sixteen queries against a page of 64 keys.
 //
 // The page layouts are those of a packed weight, so scores (queries x keys) and outputs (weights x values) are both
-// small matrix products; who computes them (`Multiply`) is the variant's choice. The rest is here: masks, the running
-// maximum with a rescale only where it grew, base-2 exponentials, bf16 weights.
+// small matrix products. Between the two, `soften.h` makes weights of scores.
 #pragma once
 
 #include <immintrin.h>
@@ -10,193 +9,146 @@
 #include <algorithm>
 
 #include "attention_decode.h"
+#include "soften.h"
 
 namespace dseek {
 namespace DSEEK_VARIANT {
 
-constexpr int kStrip = 16;  // queries
-
-// Lane i becomes the maximum of the lanes of rows[i]: a transpose that keeps only maxima.
-inline __m512 row_maxima(__m512* rows) {
-    const auto merge = [](__m512 a, __m512 b, auto pick_low, auto pick_high) {
-        return _mm512_max_ps(pick_low(a, b), pick_high(a, b));
-    };
-    __m512 pairs[8], fours[4], eights[2];
-    for (int i = 0; i < 8; ++i) {  // rows i and i + 8: halves of 256 bits
-        pairs[i] = merge(
-            rows[i], rows[i + 8], [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x44); },
-            [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0xee); });
-    }
-    for (int i = 0; i < 4; ++i) {  // rows i and i + 4: quarters of 128 bits
-        fours[i] = merge(
-            pairs[i], pairs[i + 4], [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0x88); },
-            [](__m512 a, __m512 b) { return _mm512_shuffle_f32x4(a, b, 0xdd); });
-    }
-    for (int i = 0; i < 2; ++i) {
-        eights[i] = merge(
-            fours[i], fours[i + 2], [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0x44); },
-            [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0xee); });
-    }
-    const __m512 all = merge(
-        eights[0], eights[1], [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0x88); },
-        [](__m512 a, __m512 b) { return _mm512_shuffle_ps(a, b, 0xdd); });
-    // Quarter q of `all` holds rows (0 or 8) + (0 or 4) by q, and inside it rows + 0, 2, 1, 3.
-    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
-    return _mm512_permutexvar_ps(order, all);
-}
-
-// Queries of one head against one page, for a strip of sixteen rows.
-struct Strip {
-    uint16_t* query;   // [16][d]
-    float* out;        // [16][d], not normalised
-    float* largest;    // [16], of the scores times log2(e) / sqrt(d)
-    float* lane_sums;  // [16][16], sums kept lane by lane until the end
-};
-
-// Turns scores [16][64] into bf16 weights [16][64] and updates the strip's maximum, sums and output scale. The scores
-// are plain products; `factor`, log2(e) / sqrt(d), is applied where the exponent is formed, so that it costs nothing
-// and the queries are rounded only once.
-inline void soften(const Strip& strip, const WidePage& page, float* scores, uint16_t* weights, int d, float factor,
-                   bool masked, int first_key, int first_position, int window) {
+// Overwrites the scores [16][64] of keys that a row may not see.
+inline void hide_keys(float* scores, int first_key, int first_position, int window) {
     const __m512 hidden = _mm512_set1_ps(kMasked);
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512 peaks[kStrip];
     for (int r = 0; r < kStrip; ++r) {
         float* row = scores + r * kPageTokens;
-        __m512 part[4];
-        for (int v = 0; v < 4; ++v) part[v] = _mm512_loadu_ps(row + v * 16);
-        if (page.key_scales != nullptr) {
-            for (int v = 0; v < 4; ++v) part[v] = _mm512_mul_ps(part[v], _mm512_loadu_ps(page.key_scales + v * 16));
+        const int newest = first_position + r - first_key;  // in slots of this page
+        const int oldest = window > 0 ? newest - window + 1 : -1;
+        for (int v = 0; v < 4; ++v) {
+            const __m512i slot = _mm512_add_epi32(lane, _mm512_set1_epi32(v * 16));
+            const __mmask16 visible = _mm512_cmple_epi32_mask(slot, _mm512_set1_epi32(newest)) &
+                                      _mm512_cmpge_epi32_mask(slot, _mm512_set1_epi32(oldest));
+            _mm512_storeu_ps(row + v * 16, _mm512_mask_blend_ps(visible, hidden, _mm512_loadu_ps(row + v * 16)));
         }
-        if (masked) {
-            const int newest = first_position + r - first_key;  // in slots of this page
-            const int oldest = window > 0 ? newest - window + 1 : -1;
-            for (int v = 0; v < 4; ++v) {
-                const __m512i slot = _mm512_add_epi32(lane, _mm512_set1_epi32(v * 16));
-                const __mmask16 visible = _mm512_cmple_epi32_mask(slot, _mm512_set1_epi32(newest)) &
-                                          _mm512_cmpge_epi32_mask(slot, _mm512_set1_epi32(oldest));
-                part[v] = _mm512_mask_blend_ps(visible, hidden, part[v]);
-            }
-        }
-        if (masked || page.key_scales != nullptr) {
-            for (int v = 0; v < 4; ++v) _mm512_storeu_ps(row + v * 16, part[v]);
-        }
-        peaks[r] = _mm512_max_ps(_mm512_max_ps(part[0], part[1]), _mm512_max_ps(part[2], part[3]));
-    }
-    const __m512 before = _mm512_loadu_ps(strip.largest);
-    const __m512 scale = _mm512_set1_ps(factor);
-    const __m512 largest = _mm512_max_ps(before, _mm512_mul_ps(row_maxima(peaks), scale));
-    const __mmask16 grown = _mm512_cmp_ps_mask(largest, before, _CMP_GT_OQ);
-    alignas(64) float bases[kStrip];
-    _mm512_store_ps(bases, largest);
-    if (grown != 0) {
-        _mm512_storeu_ps(strip.largest, largest);
-        alignas(64) float factors[kStrip];
-        _mm512_store_ps(factors, exp2_for_bf16(_mm512_max_ps(_mm512_sub_ps(before, largest), _mm512_set1_ps(-200.f))));
-        for (unsigned left = grown; left != 0; left &= left - 1) {
-            const int r = __builtin_ctz(left);
-            const __m512 shrink = _mm512_set1_ps(factors[r]);
-            float* sums = strip.lane_sums + r * 16;
-            _mm512_storeu_ps(sums, _mm512_mul_ps(_mm512_loadu_ps(sums), shrink));
-            float* out = strip.out + static_cast<size_t>(r) * d;
-            for (int i = 0; i < d; i += 16) _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_loadu_ps(out + i), shrink));
-        }
-    }
-    for (int r = 0; r < kStrip; ++r) {
-        const float* row = scores + r * kPageTokens;
-        const __m512 base_row = _mm512_set1_ps(bases[r]);
-        __m512 part[4];
-        for (int v = 0; v < 4; ++v)
-            part[v] = exp2_for_bf16(_mm512_fmsub_ps(_mm512_loadu_ps(row + v * 16), scale, base_row));
-        float* sums = strip.lane_sums + r * 16;
-        const __m512 total = _mm512_add_ps(_mm512_add_ps(part[0], part[1]), _mm512_add_ps(part[2], part[3]));
-        _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), total));
-        if (page.value_scales != nullptr) {
-            for (int v = 0; v < 4; ++v) part[v] = _mm512_mul_ps(part[v], _mm512_loadu_ps(page.value_scales + v * 16));
-        }
-        uint16_t* target = weights + r * kPageTokens;
-        _mm512_storeu_si512(target, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(part[1], part[0])));
-        _mm512_storeu_si512(target + 32, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(part[3], part[2])));
     }
 }
 
-// Many rows at once. Keys and values of a page are used by all strips of all heads while they are in the cache.
-template <class Multiply>
+// What a call keeps for all its strips: queries, sums and bases of every head and strip, in the thread's scratch.
+class StripStates {
+public:
+    StripStates(const AttentionCall& call, size_t extra_bytes)
+        : call_(call), d_(call.layout->head_dim), strips_((call.num_rows + kStrip - 1) / kStrip) {
+        const size_t rows = static_cast<size_t>(strips_) * call.num_heads * kStrip;
+        thread_local Scratch scratch;
+        uint8_t* room = scratch.get(rows * (d_ * 6 + 17 * 4) + extra_bytes);
+        out_ = reinterpret_cast<float*>(room);
+        sums_ = out_ + rows * d_;
+        bases_ = sums_ + rows * 16;
+        query_ = reinterpret_cast<uint16_t*>(bases_ + rows);
+        extra_ = reinterpret_cast<uint8_t*>(query_ + rows * d_);
+        std::memset(out_, 0, rows * (d_ + 16) * 4);
+        std::fill(bases_, bases_ + rows, kLeastMaximum);
+        for (int head = 0; head < call.num_heads; ++head) {
+            uint16_t* target = query_ + static_cast<size_t>(head) * strips_ * kStrip * d_;
+            for (int row = 0; row < call.num_rows; ++row) {
+                round_to_bf16(call.query + row * call.query_stride + head * d_, d_, target + row * d_);
+            }
+            std::memset(target + call.num_rows * d_, 0, (strips_ * kStrip - call.num_rows) * d_ * 2);
+        }
+    }
+    int strips() const { return strips_; }
+    uint8_t* extra() const { return extra_; }  // on a cache line
+    Strip strip(int head, int index) const {
+        const size_t row = (static_cast<size_t>(head) * strips_ + index) * kStrip;
+        return {query_ + row * d_, out_ + row * d_, bases_ + row, sums_ + row * 16};
+    }
+    // Divides by the sums and writes the call's rows.
+    void finish() const {
+        for (int head = 0; head < call_.num_heads; ++head) {
+            for (int row = 0; row < call_.num_rows; ++row) {
+                const size_t state = static_cast<size_t>(head) * strips_ * kStrip + row;
+                const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(sums_ + state * 16));
+                const __m512 inverse = _mm512_set1_ps(1.f / total);
+                float* target = call_.out + row * call_.out_stride + head * d_;
+                for (size_t i = 0; i < d_; i += 16) {
+                    _mm512_storeu_ps(target + i, _mm512_mul_ps(_mm512_loadu_ps(out_ + state * d_ + i), inverse));
+                }
+            }
+        }
+    }
+
+private:
+    const AttentionCall& call_;
+    size_t d_;
+    int strips_;
+    float *out_, *sums_, *bases_;
+    uint16_t* query_;
+    uint8_t* extra_;
+};
+
+// What a strip may see of a page.
+struct StripView {
+    bool visible;  // anything at all
+    bool masked;   // not everything
+
+    StripView(const AttentionCall& call, int strip_idx, int first_key) {
+        const int first = call.first_position + strip_idx * kStrip;
+        const int last = std::min(first + kStrip, call.first_position + call.num_rows) - 1;
+        const bool windowed = call.window > 0;
+        visible = last >= first_key && !(windowed && first - call.window + 1 >= first_key + kPageTokens);
+        masked = first < first_key + kPageTokens - 1 || (windowed && last - call.window + 1 > first_key);
+    }
+};
+
+// The two products of a strip, with vectors.
+struct StripVectors {
+    struct Session {};  // nothing to set up
+
+    explicit StripVectors(int head_dim) : d(head_dim) {}
+    void score(const Strip& strip, const uint16_t* keys, float* scores) const {
+        multiply_strip(strip.query, d, keys, kPageTokens * 2, d / 2, scores, kPageTokens, kPageTokens, false);
+    }
+    void add_output(const Strip& strip, const uint16_t* weights, const uint16_t* values) const {
+        multiply_strip(weights, kPageTokens, values, static_cast<size_t>(d) * 2, kPageTokens / 2, strip.out, d, d,
+                       true);
+    }
+    int d;
+};
+
+// Many rows at once. Keys and values of a page are used by all strips of all heads while they are in the cache. One
+// strip at a time: with more, their scores push the page out of the first-level cache.
+template <class Products>
 void attention_strips(const AttentionCall& call) {
     const CacheLayout& layout = *call.layout;
     const int d = layout.head_dim;
-    const int strips = (call.num_rows + kStrip - 1) / kStrip;
-    const int states = strips * call.num_heads;
-    const size_t query_bytes = static_cast<size_t>(states) * kStrip * d * 2;
-    const size_t out_bytes = static_cast<size_t>(states) * kStrip * d * 4;
-    const size_t sum_bytes = static_cast<size_t>(states) * kStrip * 16 * 4;
-    const size_t largest_bytes = static_cast<size_t>(states) * kStrip * 4;
-    const size_t score_bytes = kStrip * kPageTokens * 4, weight_bytes = kStrip * kPageTokens * 2;
-    const size_t page_bytes = static_cast<size_t>(d) * kPageTokens * 4;
-    thread_local Scratch scratch;
-    uint8_t* room =
-        scratch.get(query_bytes + out_bytes + sum_bytes + largest_bytes + score_bytes + weight_bytes + page_bytes);
-    auto* query = reinterpret_cast<uint16_t*>(room);
-    auto* out = reinterpret_cast<float*>(room += query_bytes);
-    auto* sums = reinterpret_cast<float*>(room += out_bytes);
-    auto* largest = reinterpret_cast<float*>(room += sum_bytes);
-    auto* scores = reinterpret_cast<float*>(room += largest_bytes);
-    auto* weights = reinterpret_cast<uint16_t*>(room += score_bytes);
-    auto* wide = reinterpret_cast<uint16_t*>(room += weight_bytes);
-
-    std::memset(out, 0, out_bytes + sum_bytes);
-    std::fill(largest, largest + states * kStrip, kLeastMaximum);
+    constexpr size_t kScoreBytes = kStrip * kPageTokens * 4, kWeightBytes = kStrip * kPageTokens * 2;
+    const StripStates states(call, kScoreBytes + kWeightBytes + static_cast<size_t>(d) * kPageTokens * 4);
+    auto* scores = reinterpret_cast<float*>(states.extra());
+    auto* weights = reinterpret_cast<uint16_t*>(states.extra() + kScoreBytes);
+    auto* wide = reinterpret_cast<uint16_t*>(states.extra() + kScoreBytes + kWeightBytes);
     const float factor = call.scale * kLog2E;
-    for (int head = 0; head < call.num_heads; ++head) {
-        for (int row = 0; row < strips * kStrip; ++row) {
-            uint16_t* target = query + (static_cast<size_t>(head) * strips * kStrip + row) * d;
-            if (row >= call.num_rows) {
-                std::memset(target, 0, static_cast<size_t>(d) * 2);
-                continue;
-            }
-            const float* source = call.query + row * call.query_stride + static_cast<size_t>(head) * d;
-            round_to_bf16(source, d, target);
-        }
-    }
-
-    [[maybe_unused]] const typename Multiply::Session session{};
+    const Products products(d);
+    [[maybe_unused]] const typename Products::Session session{};
     const VisibleRange range(call);
     for (int page_idx = range.first_page; page_idx < range.end_page; ++page_idx) {
         const WidePage page(layout, call.cache + static_cast<size_t>(call.pages[page_idx]) * layout.page_bytes(), wide);
         const int first_key = page_idx * kPageTokens;
         for (int head = 0; head < call.num_heads; ++head) {
-            for (int s = 0; s < strips; ++s) {
-                const int first_position = call.first_position + s * kStrip;
-                const int last_position = std::min(first_position + kStrip, call.first_position + call.num_rows) - 1;
-                if (last_position < first_key) continue;
-                if (call.window > 0 && first_position - call.window + 1 >= first_key + kPageTokens) continue;
-                const bool masked = first_position < first_key + kPageTokens - 1 ||
-                                    (call.window > 0 && last_position - call.window + 1 > first_key);
-                const size_t state = (static_cast<size_t>(head) * strips + s) * kStrip;
-                const Strip strip{query + state * d, out + state * d, largest + state, sums + state * 16};
-                Multiply::strip(strip.query, d, page.keys, kPageTokens * 2, d / 2, scores, kPageTokens, kPageTokens,
-                                false);
-                soften(strip, page, scores, weights, d, factor, masked, first_key, first_position, call.window);
-                Multiply::strip(weights, kPageTokens, page.values, static_cast<size_t>(d) * 2, kPageTokens / 2,
-                                strip.out, d, d, true);
+            for (int s = 0; s < states.strips(); ++s) {
+                const StripView view(call, s, first_key);
+                if (!view.visible) continue;
+                const Strip strip = states.strip(head, s);
+                products.score(strip, page.keys, scores);
+                if (view.masked) hide_keys(scores, first_key, call.first_position + s * kStrip, call.window);
+                soften(strip, page, scores, weights, d, factor);
+                products.add_output(strip, weights, page.values);
             }
         }
     }
-    for (int head = 0; head < call.num_heads; ++head) {
-        for (int row = 0; row < call.num_rows; ++row) {
-            const size_t state = static_cast<size_t>(head) * strips * kStrip + row;
-            const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(sums + state * 16));
-            const __m512 inverse = _mm512_set1_ps(1.f / total);
-            float* target = call.out + row * call.out_stride + static_cast<size_t>(head) * d;
-            for (int i = 0; i < d; i += 16) {
-                _mm512_storeu_ps(target + i, _mm512_mul_ps(_mm512_loadu_ps(out + state * d + i), inverse));
-            }
-        }
-    }
+    states.finish();
 }
 
-template <class Multiply>
-void attention_512(const AttentionCall& call) {
+// `strips` attends for more rows than a few.
+template <class Strips>
+void attention_512(const AttentionCall& call, const Strips& strips) {
     constexpr int kFewRows = 3;  // below this a strip of sixteen would be mostly empty
     if (call.layout->type == CacheType::fp32) {
         attention_portable(call);
@@ -210,9 +162,11 @@ void attention_512(const AttentionCall& call) {
             attention_decode_512(one);
         }
     } else {
-        attention_strips<Multiply>(call);
+        strips(call);
     }
 }
+
+inline void attention_avx512(const AttentionCall& call) { attention_512(call, attention_strips<StripVectors>); }
 
 }  // namespace DSEEK_VARIANT
 }  // namespace dseek

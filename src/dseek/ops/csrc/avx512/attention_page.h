@@ -37,6 +37,7 @@ struct WidePage {
     const float* key_scales;    // null for bf16
     const float* value_scales;  // null for bf16
 
+    WidePage() = default;
     WidePage(const CacheLayout& layout, const uint8_t* page, uint16_t* room) {
         keys = reinterpret_cast<const uint16_t*>(page);
         values = reinterpret_cast<const uint16_t*>(page + layout.value_offset);
@@ -84,21 +85,19 @@ struct Multiply512 {
         tile<6, kVectors>(a + 6 * a_stride, a_stride, b, b_stride, steps, c + 6 * c_stride, c_stride, accumulate);
         tile<4, kVectors>(a + 12 * a_stride, a_stride, b, b_stride, steps, c + 12 * c_stride, c_stride, accumulate);
     }
-
-    // `columns` is a multiple of 16; strides count elements.
-    static void strip(const uint16_t* a, size_t a_stride, const uint16_t* b, size_t b_stride, int steps, float* c,
-                      size_t c_stride, int columns, bool accumulate) {
-        int column = 0;
-        for (; column + 64 <= columns; column += 64) {
-            rows<4>(a, a_stride, b + column * 2, b_stride, steps, c + column, c_stride, accumulate);
-        }
-        for (; column < columns; column += 16) {
-            rows<1>(a, a_stride, b + column * 2, b_stride, steps, c + column, c_stride, accumulate);
-        }
-    }
-
-    struct Session {};  // nothing to set up
 };
+
+// c[16][columns] (+)= a[16][2 * steps] x b[steps][columns][2]; `columns` is a multiple of 16, strides count elements.
+inline void multiply_strip(const uint16_t* a, size_t a_stride, const uint16_t* b, size_t b_stride, int steps, float* c,
+                           size_t c_stride, int columns, bool accumulate) {
+    int column = 0;
+    for (; column + 64 <= columns; column += 64) {
+        Multiply512::rows<4>(a, a_stride, b + column * 2, b_stride, steps, c + column, c_stride, accumulate);
+    }
+    for (; column < columns; column += 16) {
+        Multiply512::rows<1>(a, a_stride, b + column * 2, b_stride, steps, c + column, c_stride, accumulate);
+    }
+}
 
 }  // namespace DSEEK_VARIANT
 }  // namespace dseek

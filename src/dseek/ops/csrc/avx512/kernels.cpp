@@ -18,7 +18,7 @@ const KernelTable& avx512_kernels() {
         .row_kind = row_kind_portable,
         .linear = linear_avx512,
         .store_tokens = store_tokens_512,
-        .attention = attention_512<Multiply512>,
+        .attention = attention_avx512,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,
