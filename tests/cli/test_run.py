@@ -211,6 +211,52 @@ def test_load_plans_for_itself(folder: Path, machine: Machine) -> None:
         load(str(folder), machine=machine, context=9999)
 
 
+def test_what_is_planned_for(folder: Path, machine: Machine, plan_file: str) -> None:
+    def request(**options: object) -> tuple[int, int | None, int | None]:
+        with load(str(folder), machine=machine, precision="fp32", **options) as llm:  # type: ignore[arg-type]
+            objective = llm.plan.objective
+            return llm.plan.context_tokens, objective.prompt_tokens, objective.answer_tokens
+
+    assert request() == (256, 255, 1)  # 512 and 128, cut to the model's 256
+    assert request(context=100) == (100, 80, 20)
+    assert request(context=100, prompt_tokens=7) == (100, 7, 93)
+    assert request(context=100, prompt_tokens=7, answer_tokens=9) == (100, 7, 9)
+    with pytest.raises(ConfigError, match="typical request"):
+        request(context=100, prompt_tokens=100)
+    with pytest.raises(ConfigError, match="prompt tokens 7 contradicts the plan, which says 103"):
+        load(str(folder), plan=plan_file, prompt_tokens=7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["generate", "the quick", "--max-tokens", "9"], (2, 9)),
+        (["generate", "the quick", "--max-tokens", "9", "--context", "10"], (2, 8)),
+        (["bench", "--contexts", "16,40", "--batches", "1", "--tokens", "2"], (40, 2)),
+        (
+            ["bench", "--contexts", "16", "--batches", "1", "--tokens", "2", "--context", "60"],
+            (48, 12),
+        ),
+    ],
+)
+def test_verbs_plan_for_what_they_run(
+    arguments: list[str],
+    expected: tuple[int, int],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    machine: Machine,
+) -> None:
+    from dseek.cli import measuring
+
+    monkeypatch.setattr(measuring, "load_or_measure", lambda **_: machine)
+    made: list[planning.Plan] = []
+    real = planning.make
+    monkeypatch.setattr(planning, "make", lambda *args, **options: made.append(real(*args, **options)) or made[-1])
+    verb, *rest = arguments
+    assert main([verb, str(folder), *rest, "--precision", "fp32", "--json"]) == 0
+    assert [(plan.objective.prompt_tokens, plan.objective.answer_tokens) for plan in made] == [expected]
+
+
 def test_shares_of_limits() -> None:
     bounds = Limits(bandwidth_gbs=10.0, gflops=100.0, streamed_bytes=10**9, flops_per_token=2 * 10**9)
     assert bounds.decode_share(5.0) == pytest.approx(0.5)

@@ -6,6 +6,7 @@ values of another type and numbers out of range are errors, since a plan sizes w
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class Plan:
     machine_id: str
     """Machine whose measurements were used."""
     objective: Objective
-    """What it was decided for."""
+    """What it was decided for; its typical request is the one the predictions are for."""
     precision: Precision
     """Precision of the weights, by its common name."""
     kernels: Kernels
@@ -223,12 +224,13 @@ def make(
     )
     decision = search.decide(shape, machine, objective, encodings, wishes)
     layout = decision.layout
+    prompt_tokens, answer_tokens = objective.request(decision.context_tokens)
     return Plan(
         version=VERSION,
         model=model,
         shape=shape,
         machine_id=machine.machine_id,
-        objective=objective,
+        objective=dataclasses.replace(objective, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens),
         precision=decision.precision,
         kernels=layout.kernels,
         layer_formats=layout.layer_formats,

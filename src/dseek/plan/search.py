@@ -70,9 +70,7 @@ class _Search:
         self.encodings = encodings
         self.wishes = wishes
         self.context = candidates.context_of(shape, objective)
-        # A typical request that the context cannot hold is cut to it, its answer first.
-        self.prompt = min(objective.prompt_tokens, max(1, self.context - 1))
-        self.answer = max(1, min(objective.answer_tokens, self.context - self.prompt))
+        self.prompt, self.answer = objective.request(self.context)
         self.limit = objective.memory_limit_bytes or int(MEMORY_SHARE * machine.memory_limit_bytes)
         self.choices: list[Choice] = []
 
