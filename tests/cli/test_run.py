@@ -18,6 +18,7 @@ from dseek.core.errors import ConfigError
 from dseek.engine.llm import load
 from dseek.hardware.machine import Machine
 from dseek.models.files import open_model
+from dseek.plan.formats import LayerFormats
 from tests.models import tiny
 from tests.plan.machines import machine as made_up_machine
 
@@ -255,6 +256,26 @@ def test_verbs_plan_for_what_they_run(
     verb, *rest = arguments
     assert main([verb, str(folder), *rest, "--precision", "fp32", "--json"]) == 0
     assert [(plan.objective.prompt_tokens, plan.objective.answer_tokens) for plan in made] == [expected]
+
+
+def test_the_limit_of_a_mixture_is_that_of_most_of_its_weights(plan_file: str, machine: Machine) -> None:
+    plan = planning.load(plan_file)
+    plan = dataclasses.replace(plan, layer_formats=(LayerFormats.uniform("bf16"), LayerFormats.uniform("f32")))
+    first = dataclasses.replace(plan.layer_formats[0], output="f32")
+    wide = dataclasses.replace(plan, layer_formats=(first, *plan.layer_formats[1:]))
+    rates = {
+        curve.weight_format: max(
+            2e-9 * other.num_outputs * other.num_inputs * rows / seconds
+            for other in machine.linears
+            if other.weight_format == curve.weight_format and other.kernels == "torch"
+            for rows, seconds in zip(other.num_rows, other.seconds, strict=True)
+        )
+        for curve in machine.linears
+    }
+    found = limits(wide, machine)
+    assert found is not None
+    assert found.gflops == pytest.approx(rates["f32"])
+    assert rates["f32"] != rates["bf16"]
 
 
 def test_shares_of_limits() -> None:

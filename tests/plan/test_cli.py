@@ -50,6 +50,14 @@ def test_predictions_say_what_they_are_for(capsys: pytest.CaptureFixture[str], m
     assert json.loads(capsys.readouterr().out)["objective"]["prompt_tokens"] == 100
 
 
+def test_a_mixed_plan_in_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["plan", "m", "--max-quality-loss", "0.05", "--prompt-tokens", "32", "--answer-tokens", "400"]) == 0
+    text = capsys.readouterr().out
+    assert "mixed, stored as i" in text
+    assert "of 30 layers, i" in text
+
+
 def test_plan_warns_of_a_disturbed_measurement(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

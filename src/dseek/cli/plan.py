@@ -123,12 +123,12 @@ def _summary(plan: Plan, machine: Machine) -> Table:
 
     from dseek.hardware.store import BUSY
     from dseek.plan.explain import size_text
+    from dseek.plan.weights import formats_text
 
     predicted = plan.predicted
     # How much of the memory's bandwidth the decode step would use, where one sequence is decoded at a time.
     streamed_gbs = predicted.streamed_bytes * predicted.decode_tokens_s / plan.max_batch * 1e-9
     share = f" ({100 * streamed_gbs / machine.read_bandwidth_gbs:.0f} % of the read bandwidth)"
-    formats = sorted({name for layer in plan.layer_formats for name in layer.by_role().values()})
     # A plan file from elsewhere may leave the request open; `make` does not.
     prompt, answer = plan.objective.request(plan.context_tokens)
     memory = (
@@ -138,7 +138,7 @@ def _summary(plan: Plan, machine: Machine) -> Table:
     rows: tuple[tuple[str, str], ...] = (
         ("objective", plan.objective.kind),
         ("typical request", f"prompt of {prompt} tokens, answer of {answer}, in a context of {plan.context_tokens}"),
-        ("weights", f"{plan.precision}, stored as {', '.join(formats)}; tables {plan.embedding_format}"),
+        ("weights", f"{plan.precision}, stored as {formats_text(plan.layer_formats)}; tables {plan.embedding_format}"),
         ("cache", f"{plan.cache_dtype}, {plan.num_pages} pages of {plan.page_tokens} tokens"),
         ("sequences x context", f"{plan.max_batch} x {plan.context_tokens}"),
         ("kernels, threads, chunk", f"{plan.kernels}, {plan.num_threads}, {plan.prefill_chunk_tokens} tokens"),
