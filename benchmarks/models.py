@@ -144,6 +144,26 @@ def hf_folder(model: BenchModel) -> Path:
     return _made(model, "hf", make)
 
 
+def off_grid_folder(model: BenchModel, seed: int, spread: float) -> Path:
+    """A model that computes the same as the Hugging Face folder's from weights that no 4-bit grid holds.
+
+    Args:
+        model: the model.
+        seed: of the factors (see `prepare/move_off_grid.py`).
+        spread: largest factor.
+
+    Returns:
+        The folder.
+    """
+    source = hf_folder(model)
+
+    def move(target: Path) -> None:
+        script = PREPARE_DIR / "move_off_grid.py"
+        _run([sys.executable, str(script), str(source), str(target), str(seed), str(spread)], target)
+
+    return _made(model, f"hf-off-grid-{seed}-{spread:g}", move)
+
+
 def openvino_folder(model: BenchModel) -> Path:
     """The model as OpenVINO's authors export it: int8 weights (asymmetric, per channel), with its tokenizer."""
     source = hf_folder(model)

@@ -18,6 +18,7 @@ from dseek.core.errors import ConfigError
 from dseek.engine.llm import load
 from dseek.hardware.machine import Machine
 from dseek.models.files import open_model
+from dseek.plan.formats import LayerFormats
 from tests.models import tiny
 from tests.plan.machines import machine as made_up_machine
 
@@ -209,6 +210,72 @@ def test_load_plans_for_itself(folder: Path, machine: Machine) -> None:
         load(str(folder), machine=machine, objective="speed")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="context of 9999 tokens"):
         load(str(folder), machine=machine, context=9999)
+
+
+def test_what_is_planned_for(folder: Path, machine: Machine, plan_file: str) -> None:
+    def request(**options: object) -> tuple[int, int | None, int | None]:
+        with load(str(folder), machine=machine, precision="fp32", **options) as llm:  # type: ignore[arg-type]
+            objective = llm.plan.objective
+            return llm.plan.context_tokens, objective.prompt_tokens, objective.answer_tokens
+
+    assert request() == (256, 255, 1)  # 512 and 128, cut to the model's 256
+    assert request(context=100) == (100, 80, 20)
+    assert request(context=100, prompt_tokens=7) == (100, 7, 93)
+    assert request(context=100, prompt_tokens=7, answer_tokens=9) == (100, 7, 9)
+    with pytest.raises(ConfigError, match="typical request"):
+        request(context=100, prompt_tokens=100)
+    with pytest.raises(ConfigError, match="prompt tokens 7 contradicts the plan, which says 103"):
+        load(str(folder), plan=plan_file, prompt_tokens=7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["generate", "the quick", "--max-tokens", "9"], (2, 9)),
+        (["generate", "the quick", "--max-tokens", "9", "--context", "10"], (2, 8)),
+        (["bench", "--contexts", "16,40", "--batches", "1", "--tokens", "2"], (40, 2)),
+        (
+            ["bench", "--contexts", "16", "--batches", "1", "--tokens", "2", "--context", "60"],
+            (48, 12),
+        ),
+    ],
+)
+def test_verbs_plan_for_what_they_run(
+    arguments: list[str],
+    expected: tuple[int, int],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    machine: Machine,
+) -> None:
+    from dseek.cli import measuring
+
+    monkeypatch.setattr(measuring, "load_or_measure", lambda **_: machine)
+    made: list[planning.Plan] = []
+    real = planning.make
+    monkeypatch.setattr(planning, "make", lambda *args, **options: made.append(real(*args, **options)) or made[-1])
+    verb, *rest = arguments
+    assert main([verb, str(folder), *rest, "--precision", "fp32", "--json"]) == 0
+    assert [(plan.objective.prompt_tokens, plan.objective.answer_tokens) for plan in made] == [expected]
+
+
+def test_the_limit_of_a_mixture_is_that_of_most_of_its_weights(plan_file: str, machine: Machine) -> None:
+    plan = planning.load(plan_file)
+    plan = dataclasses.replace(plan, layer_formats=(LayerFormats.uniform("bf16"), LayerFormats.uniform("f32")))
+    first = dataclasses.replace(plan.layer_formats[0], output="f32")
+    wide = dataclasses.replace(plan, layer_formats=(first, *plan.layer_formats[1:]))
+    rates = {
+        curve.weight_format: max(
+            2e-9 * other.num_outputs * other.num_inputs * rows / seconds
+            for other in machine.linears
+            if other.weight_format == curve.weight_format and other.kernels == "torch"
+            for rows, seconds in zip(other.num_rows, other.seconds, strict=True)
+        )
+        for curve in machine.linears
+    }
+    found = limits(wide, machine)
+    assert found is not None
+    assert found.gflops == pytest.approx(rates["f32"])
+    assert rates["f32"] != rates["bf16"]
 
 
 def test_shares_of_limits() -> None:

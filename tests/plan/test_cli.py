@@ -37,6 +37,27 @@ def test_plan_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert expected in text
 
 
+def test_predictions_say_what_they_are_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["plan", "m", "--context", "1024"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("prompt of 896 tokens, answer of 128, in a context of 1024", "for a prompt of 896", "after 896"):
+        assert expected in text
+    assert main(["plan", "m", "--prompt-tokens", "100", "--answer-tokens", "30", "--json"]) == 0
+    objective = json.loads(capsys.readouterr().out)["objective"]
+    assert (objective["prompt_tokens"], objective["answer_tokens"]) == (100, 30)
+    assert main(["plan", "m", "--prompt", "100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["objective"]["prompt_tokens"] == 100
+
+
+def test_a_mixed_plan_in_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["plan", "m", "--max-quality-loss", "0.05", "--prompt-tokens", "32", "--answer-tokens", "400"]) == 0
+    text = capsys.readouterr().out
+    assert "mixed, stored as i" in text
+    assert "of 30 layers, i" in text
+
+
 def test_plan_warns_of_a_disturbed_measurement(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +82,8 @@ def test_plan_json_and_saved_file_agree(capsys: pytest.CaptureFixture[str], tmp_
         (["--context", "100000"], "at most 8192"),
         (["--memory-limit", "50MB"], "needed: at most 50 MB"),
         (["--max-quality-loss", "-1"], "quality loss"),
+        (["--context", "512", "--prompt-tokens", "512"], "at most the context's 512"),
+        (["--answer-tokens", "9000"], "--answer-tokens"),
     ],
 )
 def test_a_users_error_is_one_line_and_status_2(

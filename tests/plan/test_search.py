@@ -46,7 +46,7 @@ def test_quality_budget_decides_between_precisions() -> None:
     kinds = {}
     for budget in (0.0, 0.0006, 0.005, 0.2):
         kinds[budget] = make(SMALL, machine(), Objective(max_quality_loss=budget), encodings=BF16).precision
-    assert kinds == {0.0: "bf16", 0.0006: "bf16", 0.005: "int8", 0.2: "int4"}
+    assert kinds == {0.0: "bf16", 0.0006: "mixed", 0.005: "int8", 0.2: "int4"}
     lossless = make(SMALL, machine(), Objective(max_quality_loss=0.0), encodings=Q8_0)
     assert formats(lossless) == {"i8g"}
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from dseek.hardware.machine import Machine
     from dseek.plan.plan import Plan
 
+DEFAULT_CONTEXTS = (128, 512, 2048)
+
 HELP = "measure prefill and decode beside what the plan predicted"
 
 
@@ -66,7 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_model(parser)
     parser.add_argument(
-        "--contexts", type=positive_ints, default=(128, 512, 2048), metavar="N,N", help="prompt lengths (128,512,2048)"
+        "--contexts",
+        type=positive_ints,
+        metavar="N,N",
+        help="prompt lengths, the longest of which is planned for (default: 128,512,2048, of which 512 is)",
     )
     parser.add_argument("--batches", type=positive_ints, default=(1, 8), metavar="N,N", help="sequences at once (1,8)")
     parser.add_argument(
@@ -93,14 +98,15 @@ def run(args: argparse.Namespace) -> int:
     """
     from dseek.cli.report import limits, planned_machine
 
-    needed = max(args.contexts) + args.tokens
-    with load_from(args, batch=max(args.batches), context=None if args.plan else args.context or needed) as llm:
+    contexts = args.contexts or DEFAULT_CONTEXTS
+    needed = max(contexts) + args.tokens
+    with load_from(args, batch=max(args.batches), **_job(args, needed)) as llm:
         _check_fits(llm.plan, needed, max(args.batches))
         machine = planned_machine(llm.plan)
         bounds = limits(llm.plan, machine)
-        _measure(llm, min(args.contexts), 1, 4, 1)  # Pages are mapped and clocks are up when it counts.
+        _measure(llm, min(contexts), 1, 4, 1)  # Pages are mapped and clocks are up when it counts.
         cases = []
-        for context_tokens in args.contexts:
+        for context_tokens in contexts:
             for batch in args.batches:
                 if sys.stderr.isatty():
                     print(f"\r\033[Kcontext {context_tokens}, batch {batch}", end="", file=sys.stderr, flush=True)
@@ -113,6 +119,18 @@ def run(args: argparse.Namespace) -> int:
         else:
             _print_table(llm, bounds, cases)
     return 0
+
+
+def _job(args: argparse.Namespace, needed_tokens: int) -> dict[str, Any]:
+    """The context and what is planned for: the longest case if they were chosen, else as without any options."""
+    if args.plan is not None or args.context is not None:
+        return {"context": args.context if args.plan is None else None}
+    if args.contexts is not None:
+        return {"context": needed_tokens, "prompt_tokens": max(args.contexts)}
+    from dseek.plan.objective import Objective
+
+    prompt_tokens, answer_tokens = Objective().request(needed_tokens)
+    return {"context": needed_tokens, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
 
 
 def _check_fits(plan: Plan, needed_tokens: int, batch: int) -> None:

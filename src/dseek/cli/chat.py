@@ -15,7 +15,14 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from dseek.cli.options import add_model, add_run_options, add_sampling, load_from, sampling_from
+from dseek.cli.options import (
+    add_model,
+    add_request_options,
+    add_run_options,
+    add_sampling,
+    load_from,
+    sampling_from,
+)
 from dseek.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -41,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print no speeds on stderr")
     add_sampling(parser, max_tokens=1024, temperature=0.6)
     add_run_options(parser)
+    add_request_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         DseekError: the model or an option is unusable, or the model has no chat template.
     """
     params = sampling_from(args)
-    with load_from(args, batch=1) as llm:
+    request = {"prompt_tokens": args.prompt_tokens, "answer_tokens": args.answer_tokens}
+    with load_from(args, batch=1, **request) as llm:
         conversation = Conversation(llm, params, system=args.system)
         conversation.check()
         if sys.stdin.isatty():

@@ -8,12 +8,13 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dseek.cli.options import add_json, add_model, add_run_options, load_from, positive_int
 from dseek.core.errors import RequestError
 
 if TYPE_CHECKING:
+    from dseek.models.files import ModelFiles
     from dseek.plan.plan import Plan
 
 HELP = "perplexity and next-token accuracy on a text"
@@ -53,10 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     text = _read(args.text)
     files = open_model(args.model)
-    context = None
-    if args.plan is None:
-        context = args.context or min(DEFAULT_WINDOW_TOKENS, files.shape.max_position_embeddings)
-    with load_from(args, files, batch=1, context=context) as llm:
+    with load_from(args, files, batch=1, **_job(args, files)) as llm:
         token_ids = text_token_ids(llm.files, text)[: args.max_tokens]
         window_tokens = min(args.context or llm.engine.context_tokens, llm.engine.context_tokens)
         progress = _Progress()
@@ -72,6 +70,17 @@ def run(args: argparse.Namespace) -> int:
             print(f"tokens               {scores.num_tokens:,} in windows of {scores.window_tokens:,}")
             _print_speed(llm.plan, scores.tokens_s, scores.window_tokens)
     return 0
+
+
+def _job(args: argparse.Namespace, files: ModelFiles) -> dict[str, Any]:
+    """The window and what is planned for: what a run without options plans for, unless a context was asked for."""
+    if args.plan is not None or args.context is not None:
+        return {"context": args.context if args.plan is None else None}
+    from dseek.plan.objective import Objective
+
+    window_tokens = min(DEFAULT_WINDOW_TOKENS, files.shape.max_position_embeddings)
+    prompt_tokens, answer_tokens = Objective().request(window_tokens)
+    return {"context": window_tokens, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
 
 
 def _read(name: str) -> str:

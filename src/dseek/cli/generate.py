@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     params = sampling_from(args)
     prompt = _read_prompt(args.prompt)
 
-    # 1. The prompt's length decides how long the context must be, so it comes before the plan.
+    # 1. The prompt and the answer's length decide what is planned for, so they come before the plan.
     files = open_model(args.model)
     if args.chat or args.system is not None:
         token_ids = chat_token_ids(files, _messages(args.system, prompt))
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError("the prompt has no tokens", needed="at least one")
 
     # 2. Load and answer.
-    with load_from(args, files, batch=1, context=args.context or _context(args, files, len(token_ids))) as llm:
+    with load_from(args, files, batch=1, **_request(args, files, len(token_ids))) as llm:
         load_s = time.perf_counter() - started_s
         request = llm.submit(token_ids, params)
         for piece in llm.pieces(request):
@@ -93,10 +93,19 @@ def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
-def _context(args: argparse.Namespace, files: ModelFiles, num_prompt_tokens: int) -> int | None:
-    """Just the context this prompt and its answer need; None where a plan decides."""
+def _request(args: argparse.Namespace, files: ModelFiles, num_prompt_tokens: int) -> dict[str, Any]:
+    """What is planned for: this prompt, its answer and, unless asked for, just the context they need."""
     if args.plan is not None:
-        return None
+        return {"context": args.context}
+    context = args.context or _context(args, files, num_prompt_tokens)
+    if num_prompt_tokens >= context:
+        return {"context": context}  # the engine refuses the prompt, with its own numbers
+    answer_tokens = min(args.max_tokens, context - num_prompt_tokens)
+    return {"context": context, "prompt_tokens": num_prompt_tokens, "answer_tokens": answer_tokens}
+
+
+def _context(args: argparse.Namespace, files: ModelFiles, num_prompt_tokens: int) -> int:
+    """Just the context this prompt and its answer need."""
     longest = files.shape.max_position_embeddings
     if num_prompt_tokens >= longest:
         raise RequestError(

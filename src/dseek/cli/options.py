@@ -76,6 +76,29 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--context", type=positive_int, metavar="N", help="tokens a conversation may hold")
 
 
+def add_request_options(parser: argparse.ArgumentParser, *aliases: str) -> None:
+    """Add the options that say what a typical request is: --prompt-tokens, --answer-tokens.
+
+    Args:
+        parser: the verb's parser.
+        aliases: older names of --prompt-tokens.
+    """
+    group = parser.add_argument_group("the typical request, which is planned for")
+    group.add_argument(
+        "--prompt-tokens",
+        *aliases,
+        type=positive_int,
+        metavar="N",
+        help="tokens of its prompt (default: what fills --context, else 512)",
+    )
+    group.add_argument(
+        "--answer-tokens",
+        type=positive_int,
+        metavar="N",
+        help="tokens of its answer (default: 128, or a fifth of a short --context)",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Add --json.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dseek.cli.options import PRECISIONS, add_json, add_model, positive_int
+from dseek.cli.options import PRECISIONS, add_json, add_model, add_request_options, positive_int
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,13 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=positive_int, metavar="N", help="tokens a sequence may hold")
     parser.add_argument("--batch", type=positive_int, metavar="N", help="sequences at a time")
     parser.add_argument(
-        "--prompt",
-        type=positive_int,
-        default=512,
-        metavar="N",
-        help="tokens of a typical prompt (default: %(default)s)",
-    )
-    parser.add_argument(
         "--max-quality-loss",
         type=float,
         metavar="X",
@@ -51,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: chosen)")
     parser.add_argument("--save", metavar="FILE", help="write the plan to a file that every command takes as --plan")
+    add_request_options(parser, "--prompt")
     add_json(parser)
 
 
@@ -76,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
         kind=args.objective,
         context_tokens=args.context,
         batch=args.batch,
-        prompt_tokens=args.prompt,
+        prompt_tokens=args.prompt_tokens,
+        answer_tokens=args.answer_tokens,
         max_quality_loss=loss,
         memory_limit_bytes=args.memory_limit,
     )
@@ -128,24 +123,26 @@ def _summary(plan: Plan, machine: Machine) -> Table:
 
     from dseek.hardware.store import BUSY
     from dseek.plan.explain import size_text
+    from dseek.plan.weights import formats_text
 
     predicted = plan.predicted
     # How much of the memory's bandwidth the decode step would use, where one sequence is decoded at a time.
     streamed_gbs = predicted.streamed_bytes * predicted.decode_tokens_s / plan.max_batch * 1e-9
     share = f" ({100 * streamed_gbs / machine.read_bandwidth_gbs:.0f} % of the read bandwidth)"
-    formats = sorted({name for layer in plan.layer_formats for name in layer.by_role().values()})
-    prompt = min(plan.objective.prompt_tokens, plan.context_tokens)
+    # A plan file from elsewhere may leave the request open; `make` does not.
+    prompt, answer = plan.objective.request(plan.context_tokens)
     memory = (
         f"{size_text(predicted.peak_bytes)}: weights {size_text(predicted.weights_bytes)}, cache "
         f"{size_text(predicted.cache_bytes)}, process and workspace {size_text(predicted.workspace_bytes)}"
     )
     rows: tuple[tuple[str, str], ...] = (
         ("objective", plan.objective.kind),
-        ("weights", f"{plan.precision}, stored as {', '.join(formats)}; tables {plan.embedding_format}"),
+        ("typical request", f"prompt of {prompt} tokens, answer of {answer}, in a context of {plan.context_tokens}"),
+        ("weights", f"{plan.precision}, stored as {formats_text(plan.layer_formats)}; tables {plan.embedding_format}"),
         ("cache", f"{plan.cache_dtype}, {plan.num_pages} pages of {plan.page_tokens} tokens"),
         ("sequences x context", f"{plan.max_batch} x {plan.context_tokens}"),
         ("kernels, threads, chunk", f"{plan.kernels}, {plan.num_threads}, {plan.prefill_chunk_tokens} tokens"),
-        ("prefill", f"{predicted.prefill_tokens_s:,.0f} tokens/s for prompts of {prompt}"),
+        ("prefill", f"{predicted.prefill_tokens_s:,.0f} tokens/s for a prompt of {prompt} tokens"),
         ("decode", f"{predicted.decode_tokens_s:,.0f} tokens/s after {prompt} tokens{share}"),
         ("memory", memory),
         ("loading", f"{predicted.load_s:.2f} s"),

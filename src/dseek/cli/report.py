@@ -7,6 +7,7 @@ of the limits, so a long context lowers the share.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,12 @@ def limits(plan: Plan, machine: Machine | None) -> Limits | None:
     """
     if machine is None:
         return None
-    weight_format = plan.layer_formats[0].gate_up
+    sizes = plan.shape.linear_sizes()
+    shares: Counter[str] = Counter()
+    for formats in plan.layer_formats:
+        for role, name in formats.by_role().items():
+            shares[name] += sizes[role][0] * sizes[role][1]
+    weight_format = shares.most_common(1)[0][0]
     rates = [
         2e-9 * curve.num_outputs * curve.num_inputs * rows / seconds
         for curve in machine.linears

@@ -40,6 +40,8 @@ def load(
     precision: str | None = None,
     plan: Plan | str | Path | None = None,
     context: int | None = None,
+    prompt_tokens: int | None = None,
+    answer_tokens: int | None = None,
     threads: int | None = None,
     batch: int = 4,
     objective: ObjectiveKind = "latency",
@@ -55,6 +57,9 @@ def load(
         precision: auto, fp32, bf16, fp16, int8 or int4; None takes DSEEK_PRECISION_MODE.
         plan: a plan, or a file that `dseek plan --save` wrote; excludes the options that would make another one.
         context: longest prompt with its answer, in tokens; None takes the model's, at most 4096.
+        prompt_tokens: prompt of the typical request that is planned for; None takes what fills `context` if that is
+            given, else 512.
+        answer_tokens: answer of the typical request; None takes 128, fewer in a short context.
         threads: threads of the kernels; None takes DSEEK_NUM_THREADS, else the plan's choice.
         batch: requests that may run at once.
         objective: what to plan for: latency, throughput or memory.
@@ -81,6 +86,8 @@ def load(
                 files,
                 precision=precision,
                 context=context,
+                prompt_tokens=prompt_tokens,
+                answer_tokens=answer_tokens,
                 threads=threads,
                 batch=batch,
                 objective=objective,
@@ -89,7 +96,15 @@ def load(
                 machine=machine,
             )
         else:
-            plan = given_plan(plan, files, precision=precision, context=context, threads=threads)
+            plan = given_plan(
+                plan,
+                files,
+                precision=precision,
+                context=context,
+                threads=threads,
+                prompt_tokens=prompt_tokens,
+                answer_tokens=answer_tokens,
+            )
         return LLM(files, plan, build_runner(files, plan))
     except BaseException:
         files.close()

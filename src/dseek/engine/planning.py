@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,8 @@ def make_plan(
     *,
     precision: str | None,
     context: int | None,
+    prompt_tokens: int | None,
+    answer_tokens: int | None,
     threads: int | None,
     batch: int,
     objective: ObjectiveKind,
@@ -35,6 +38,8 @@ def make_plan(
         files: the opened model.
         precision: see `load`.
         context: see `load`.
+        prompt_tokens: see `load`.
+        answer_tokens: see `load`.
         threads: see `load`.
         batch: see `load`.
         objective: see `load`.
@@ -53,11 +58,20 @@ def make_plan(
 
     wanted = planning.Objective(
         kind=objective,
-        context_tokens=context or min(files.shape.max_position_embeddings, DEFAULT_CONTEXT_TOKENS),
+        context_tokens=context,
         batch=batch,
+        prompt_tokens=prompt_tokens,
+        answer_tokens=answer_tokens,
         max_quality_loss=DEFAULT_QUALITY_LOSS if max_quality_loss is None else max_quality_loss,
         memory_limit_bytes=memory_limit_bytes,
     )
+    if context is None:
+        # Nobody stated a context, so the prompt is not to fill the one that is taken.
+        context = min(files.shape.max_position_embeddings, DEFAULT_CONTEXT_TOKENS)
+        prompt_tokens, answer_tokens = wanted.request(context)
+        wanted = dataclasses.replace(
+            wanted, context_tokens=context, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens
+        )
     return planning.make(
         files.shape,
         machine or planning.this_machine(),
@@ -70,7 +84,14 @@ def make_plan(
 
 
 def given_plan(
-    plan: Plan | str | Path, files: ModelFiles, *, precision: str | None, context: int | None, threads: int | None
+    plan: Plan | str | Path,
+    files: ModelFiles,
+    *,
+    precision: str | None,
+    context: int | None,
+    threads: int | None,
+    prompt_tokens: int | None = None,
+    answer_tokens: int | None = None,
 ) -> Plan:
     """Read a plan if need be and check it.
 
@@ -80,6 +101,8 @@ def given_plan(
         precision: what was asked for beside the plan, or None.
         context: what was asked for beside the plan, or None.
         threads: what was asked for beside the plan, or None.
+        prompt_tokens: what was asked for beside the plan, or None.
+        answer_tokens: what was asked for beside the plan, or None.
 
     Returns:
         The plan.
@@ -93,7 +116,9 @@ def given_plan(
         plan = planning.load(plan)
     plan.check_model(files.shape)
     decided = {"precision": plan.precision, "context": plan.context_tokens, "threads": plan.num_threads}
+    decided["prompt tokens"], decided["answer tokens"] = plan.objective.request(plan.context_tokens)
     asked = {"precision": precision, "context": context, "threads": threads}
+    asked |= {"prompt tokens": prompt_tokens, "answer tokens": answer_tokens}
     for name, value in asked.items():
         if value is not None and value not in (decided[name], "auto"):
             raise ConfigError(

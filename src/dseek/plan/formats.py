@@ -11,10 +11,15 @@ from typing import Literal
 
 WeightFormat = Literal["f32", "f16", "bf16", "i8c", "i8g", "i4g"]
 CacheDtype = Literal["fp32", "bf16", "int8"]
-Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4", "mixed"]
 Kernels = Literal["native", "torch"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8", "int4")
+"""What a user may ask for; mixed is what the search may make of two of them."""
+
+ROLES = ("qkv", "output", "gate_up", "down")
+"""The projections of a block, as `ModelShape.linear_sizes` names them."""
+
 CACHE_DTYPES: tuple[CacheDtype, ...] = ("fp32", "bf16", "int8")
 
 _INPUT_STEPS: dict[str, int] = {"f32": 1, "f16": 1, "bf16": 32, "i8c": 64, "i8g": 32, "i4g": 32}

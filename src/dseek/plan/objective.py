@@ -11,6 +11,8 @@ ObjectiveKind = Literal["latency", "throughput", "memory"]
 KINDS: tuple[ObjectiveKind, ...] = ("latency", "throughput", "memory")
 
 DEFAULT_QUALITY_LOSS = 0.005
+DEFAULT_PROMPT_TOKENS = 512
+DEFAULT_ANSWER_TOKENS = 128
 MAX_CONTEXT_TOKENS = 2**24
 MAX_BATCH = 4096
 
@@ -25,10 +27,10 @@ class Objective:
     """Tokens a sequence may hold, prompt and answer; None takes the model's own limit, at most 8192."""
     batch: int | None = None
     """Sequences at a time; None is 1, or what serves throughput best."""
-    prompt_tokens: int = 512
-    """Prompt of a typical request."""
-    answer_tokens: int = 128
-    """Answer of a typical request."""
+    prompt_tokens: int | None = None
+    """Prompt of a typical request; None fills a context that was stated, else takes 512."""
+    answer_tokens: int | None = None
+    """Answer of a typical request; None is 128, or a fifth of a stated context that is short."""
     max_quality_loss: float = DEFAULT_QUALITY_LOSS
     """Accepted rise of perplexity over the file's own weights in fp32, as a fraction."""
     memory_limit_bytes: int | None = None
@@ -56,3 +58,32 @@ class Objective:
             raise ConfigError(
                 f"the accepted quality loss is {self.max_quality_loss}", needed="a fraction from 0 to 10, such as 0.005"
             )
+
+    def request(self, context_tokens: int) -> tuple[int, int]:
+        """Say what the typical request is in a context.
+
+        Args:
+            context_tokens: tokens a sequence may hold. A prompt of no stated length fills it if it was the user's wish,
+                that is, if `self.context_tokens` is set.
+
+        Returns:
+            Tokens of the prompt and of the answer. Lengths that nobody stated are shortened to the context.
+
+        Raises:
+            ConfigError: the lengths that were stated do not fit into the context.
+        """
+        prompt, answer = self.prompt_tokens, self.answer_tokens
+        stated = (prompt or 1) + (answer or 1)
+        if (prompt or answer) and stated > max(2, context_tokens):
+            raise ConfigError(
+                f"a typical request of {stated} tokens, prompt and answer, was asked for",
+                needed=f"at most the context's {context_tokens}",
+                remedy="raise --context, or shorten --prompt-tokens and --answer-tokens",
+            )
+        if self.context_tokens is None:
+            prompt = prompt or max(1, min(DEFAULT_PROMPT_TOKENS, context_tokens - (answer or 1)))
+            return prompt, answer or max(1, min(DEFAULT_ANSWER_TOKENS, context_tokens - prompt))
+        if answer is None:
+            room = context_tokens // 5 if prompt is None else context_tokens - prompt
+            answer = max(1, min(DEFAULT_ANSWER_TOKENS, room))
+        return prompt or max(1, context_tokens - answer), answer

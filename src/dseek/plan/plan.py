@@ -6,6 +6,7 @@ values of another type and numbers out of range are errors, since a plan sizes w
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from dseek.plan.explain import Choice
 from dseek.plan.formats import CacheDtype, Kernels, LayerFormats, Precision, WeightFormat
 from dseek.plan.layout import PAGE_TOKENS, Layout
 from dseek.plan.objective import MAX_BATCH, MAX_CONTEXT_TOKENS, Objective
+from dseek.plan.quality import LossTable
 
 VERSION = 1
 """Version of the JSON."""
@@ -46,9 +48,9 @@ class Plan:
     machine_id: str
     """Machine whose measurements were used."""
     objective: Objective
-    """What it was decided for."""
+    """What it was decided for; its typical request is the one the predictions are for."""
     precision: Precision
-    """Precision of the weights, by its common name."""
+    """Precision of the weights, by its common name; mixed where the search put two of them beside each other."""
     kernels: Kernels
     """native, or torch where the native kernels are absent or not wanted."""
     layer_formats: tuple[LayerFormats, ...]
@@ -190,6 +192,7 @@ def make(
     num_threads: int | None = None,
     prefill_chunk_tokens: int | None = None,
     kernels: str | None = None,
+    losses: LossTable | None = None,
 ) -> Plan:
     """Decide how to run a model.
 
@@ -205,6 +208,8 @@ def make(
         num_threads: threads to have; None takes DSEEK_NUM_THREADS, else chooses.
         prefill_chunk_tokens: most rows of a step; None to choose.
         kernels: native or torch to have those; None takes native where they were measured.
+        losses: what storing projections in a format loses (rise of perplexity, a fraction), by layer, role and weight
+            format, where that was measured for this model; the prior of `plan.quality` stands in for the others.
 
     Returns:
         The plan, with its predictions and how it was decided.
@@ -221,14 +226,15 @@ def make(
         prefill_chunk_tokens=prefill_chunk_tokens,
         kernels=kernels,
     )
-    decision = search.decide(shape, machine, objective, encodings, wishes)
+    decision = search.decide(shape, machine, objective, encodings, wishes, losses)
     layout = decision.layout
+    prompt_tokens, answer_tokens = objective.request(decision.context_tokens)
     return Plan(
         version=VERSION,
         model=model,
         shape=shape,
         machine_id=machine.machine_id,
-        objective=objective,
+        objective=dataclasses.replace(objective, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens),
         precision=decision.precision,
         kernels=layout.kernels,
         layer_formats=layout.layer_formats,

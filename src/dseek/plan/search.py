@@ -1,27 +1,32 @@
 """The search: which formats, cache, threads and chunk serve an objective best, within the quality and memory allowed.
 
 Decisions are taken one after the other, each with everything else at its best so far, so that each can be told in one
-sentence: 1. kernels, 2. batch (only if it is free), 3. formats of the weights and the cache together, 4. threads,
-5. the prefill chunk. Among values whose predicted cost is within 3 % of the best, which is less than the prediction can
-tell apart, the one with the least quality loss, then the least memory or disturbance, is taken.
+sentence: 1. kernels, 2. batch (only if it is free), 3. formats of the weights and the cache together, mixtures of two
+formats among them (`mixing`), 4. threads, 5. the prefill chunk. Among values whose predicted cost is within 3 % of the
+best, which is less than the prediction can tell apart, the one with the least quality loss, then the least memory or
+disturbance, is taken.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dseek.core.errors import ConfigError, MemoryLimitError
 from dseek.core.shape import ModelShape
 from dseek.hardware.machine import Machine
-from dseek.plan import candidates, cost, quality
+from dseek.plan import candidates, cost, mixing, quality
 from dseek.plan.candidates import BATCHES, Wishes
 from dseek.plan.cost import Prediction
 from dseek.plan.explain import Alternative, Choice, loss_text, score_text, size_text
-from dseek.plan.formats import CacheDtype, Kernels, LayerFormats, Precision, Variant
+from dseek.plan.formats import CacheDtype, Kernels, Precision
 from dseek.plan.layout import PAGE_TOKENS, Layout
 from dseek.plan.objective import Objective
+from dseek.plan.quality import LossTable
+from dseek.plan.weights import Weights, formats_text, uniform
 
 TIE = 1.03
 MEMORY_SHARE = 0.9
@@ -50,7 +55,7 @@ class _Candidate:
 
     value: str
     layout: Layout
-    precision: Precision
+    weights: Weights
     loss: float
     predicted: Prediction
     score: float
@@ -61,27 +66,22 @@ class _Candidate:
 class _Search:
     """Keeps what every step of the search needs."""
 
-    def __init__(
-        self, shape: ModelShape, machine: Machine, objective: Objective, encodings: Mapping[str, int], wishes: Wishes
-    ) -> None:
+    def __init__(self, shape: ModelShape, machine: Machine, objective: Objective, wishes: Wishes) -> None:
         self.shape = shape
         self.machine = machine
         self.objective = objective
-        self.encodings = encodings
         self.wishes = wishes
         self.context = candidates.context_of(shape, objective)
-        # A typical request that the context cannot hold is cut to it, its answer first.
-        self.prompt = min(objective.prompt_tokens, max(1, self.context - 1))
-        self.answer = max(1, min(objective.answer_tokens, self.context - self.prompt))
+        self.prompt, self.answer = objective.request(self.context)
         self.limit = objective.memory_limit_bytes or int(MEMORY_SHARE * machine.memory_limit_bytes)
         self.choices: list[Choice] = []
 
-    def candidate(self, value: str, layout: Layout, variant: Variant, *, batch: int, keep: bool = False) -> _Candidate:
+    def candidate(self, value: str, layout: Layout, weights: Weights, *, batch: int, keep: bool = False) -> _Candidate:
         """Predict a layout and judge it; `keep` overlooks its quality (the user asked for the precision)."""
         predicted = cost.predict(
             self.shape, self.machine, layout, prompt_tokens=self.prompt, context_tokens=self.prompt, batch=batch
         )
-        loss = quality.weight_loss(variant, self.shape, self.encodings) + quality.cache_loss(layout.cache_dtype)
+        loss = weights.loss + quality.cache_loss(layout.cache_dtype)
         refused = ""
         if predicted.peak_bytes > self.limit:
             refused = f"needs {size_text(predicted.peak_bytes)} of memory, {size_text(self.limit)} allowed"
@@ -90,7 +90,7 @@ class _Search:
         return _Candidate(
             value=value,
             layout=layout,
-            precision=variant.precision,
+            weights=weights,
             loss=loss,
             predicted=predicted,
             score=self.score(predicted, batch),
@@ -150,7 +150,7 @@ class _Search:
         text = score_text(self.objective.kind, entry.score / chosen.score)
         if entry.score > chosen.score * TIE:
             return text
-        if entry.loss > chosen.loss:
+        if loss_text(entry.loss) != loss_text(chosen.loss) and entry.loss > chosen.loss:
             return f"{text}, a tie, and loses {loss_text(entry.loss)} of quality instead of {loss_text(chosen.loss)}"
         return f"{text}, a tie: the more modest value is taken"
 
@@ -184,7 +184,12 @@ class _Search:
 
 
 def decide(
-    shape: ModelShape, machine: Machine, objective: Objective, encodings: Mapping[str, int], wishes: Wishes
+    shape: ModelShape,
+    machine: Machine,
+    objective: Objective,
+    encodings: Mapping[str, int],
+    wishes: Wishes,
+    measured_losses: LossTable | None = None,
 ) -> Decision:
     """Search for the best layout.
 
@@ -194,6 +199,7 @@ def decide(
         objective: what for.
         encodings: elements in the file, by encoding.
         wishes: what is decided already.
+        measured_losses: what projections lose, where that was measured; the others are estimated.
 
     Returns:
         The layout with its prediction and the reasons.
@@ -202,7 +208,8 @@ def decide(
         ConfigError: a wish that cannot be granted.
         MemoryLimitError: nothing allowed fits into the memory.
     """
-    search = _Search(shape, machine, objective, encodings, wishes)
+    search = _Search(shape, machine, objective, wishes)
+    losses = quality.completed_losses(shape, encodings, measured_losses)
     kernels = candidates.kernels(machine, wishes)
     precision = candidates.precision(wishes)
     threads = candidates.threads(machine, wishes)
@@ -212,12 +219,12 @@ def decide(
     start_threads = threads[-1]
     start_chunk = min(chunks, key=lambda chunk: abs(chunk - 512))
 
-    def layout_of(variant: Variant, cache_dtype: CacheDtype, batch: int) -> Layout:
+    def layout_of(weights: Weights, cache_dtype: CacheDtype, batch: int) -> Layout:
         return Layout(
             kernels=kernels,
-            layer_formats=(LayerFormats.uniform(variant.weight_format),) * shape.num_layers,
-            embedding_format=variant.table_format,
-            head_format=variant.table_format,
+            layer_formats=weights.layer_formats,
+            embedding_format=weights.table_format,
+            head_format=weights.table_format,
             cache_dtype=cache_dtype,
             num_pages=batch * -(-search.context // PAGE_TOKENS),
             max_batch=batch,
@@ -226,20 +233,32 @@ def decide(
         )
 
     # 2. Formats of weights and cache, for a given batch.
-    pairs = candidates.format_pairs(machine, kernels, precision, wishes)
+    pairs = [
+        (uniform(variant, shape, losses), cache_dtype)
+        for variant, cache_dtype in candidates.format_pairs(machine, kernels, precision, wishes)
+    ]
     forced = precision != "auto" or wishes.cache_dtype is not None
-    keep_below = _loss_floor(pairs, shape, encodings, objective) if forced else 0.0
+    accepted = objective.max_quality_loss
+    if forced:
+        # The most accurate way of what was asked for is allowed whatever it loses.
+        accepted = max(accepted, min(weights.loss + quality.cache_loss(cache) for weights, cache in pairs))
+
+    def format_candidate(weights: Weights, cache_dtype: CacheDtype, batch: int) -> _Candidate:
+        keep = forced and weights.loss + quality.cache_loss(cache_dtype) <= accepted + 1e-9
+        value = f"{weights.name}; cache {cache_dtype}"
+        return search.candidate(value, layout_of(weights, cache_dtype, batch), weights, batch=batch, keep=keep)
 
     def format_candidates(batch: int) -> list[_Candidate]:
-        found = []
-        for variant, cache_dtype in pairs:
-            loss = quality.weight_loss(variant, shape, encodings) + quality.cache_loss(cache_dtype)
-            layout = layout_of(variant, cache_dtype, batch)
-            keep = forced and loss <= keep_below + 1e-9
-            found.append(
-                search.candidate(f"{variant.name}; cache {cache_dtype}", layout, variant, batch=batch, keep=keep)
+        found = [format_candidate(weights, cache_dtype, batch) for weights, cache_dtype in pairs]
+        if kernels == "torch" or precision != "auto":
+            return found
+        mixtures = [
+            format_candidate(weights, cache_dtype, batch)
+            for weights, cache_dtype in _mixtures(
+                found, losses, accepted, lambda cache, weights: format_candidate(weights, cache, batch).score
             )
-        return found
+        ]
+        return found + [entry for entry in mixtures if _is_worth_it(entry, found)]
 
     # 3. The batch, where it is free: more sequences share one reading of the weights.
     batch = objective.batch or 1
@@ -256,12 +275,15 @@ def decide(
         if not forced
         else f"{_BEST[objective.kind]} of what was asked for",
     )
-    variant = next(entry for entry, _ in pairs if chosen.value.startswith(entry.name + ";"))
+    weights = chosen.weights
+    if weights.precision == "mixed":
+        told = search.choices[-1]
+        search.choices[-1] = dataclasses.replace(told, why=f"{told.why}: {formats_text(weights.layer_formats)}")
 
     # 4. Threads, then the chunk, with the formats as chosen.
     def vary(name: str, layouts: Mapping[int, Layout], why: str, *, prefill_only: bool = False) -> _Candidate:
         found = [
-            search.candidate(str(value), layout, variant, batch=batch, keep=True) for value, layout in layouts.items()
+            search.candidate(str(value), layout, weights, batch=batch, keep=True) for value, layout in layouts.items()
         ]
         if prefill_only and objective.kind != "memory":
             # Decoding does not see the chunk, and would drown the difference.
@@ -272,9 +294,9 @@ def decide(
     chosen = vary("threads", by_threads, f"{_BEST[objective.kind]}; no more of them than help")
     by_chunk = {chunk: dataclasses.replace(chosen.layout, prefill_chunk_tokens=chunk) for chunk in chunks}
     chosen = vary("prefill chunk", by_chunk, "long enough for the prefill rate, no longer", prefill_only=True)
-    _tell_kernels(search, kernels, chosen, variant, batch)
+    _tell_kernels(search, kernels, chosen, batch)
     return Decision(
-        precision=chosen.precision,
+        precision=weights.precision,
         layout=chosen.layout,
         context_tokens=search.context,
         predicted=chosen.predicted,
@@ -284,16 +306,38 @@ def decide(
 
 _BEST = {"latency": "the soonest answer", "throughput": "the most tokens a second", "memory": "the least memory"}
 
+NUM_WIDE = 2
+"""Of the uniform formats that are accurate enough, so many of the best are mixed with the narrower ones."""
 
-def _loss_floor(
-    pairs: Sequence[tuple[Variant, CacheDtype]],
-    shape: ModelShape,
-    encodings: Mapping[str, int],
-    objective: Objective,
-) -> float:
-    """With a precision that was asked for, the most accurate way of it is allowed whatever it loses."""
-    losses = [quality.weight_loss(v, shape, encodings) + quality.cache_loss(c) for v, c in pairs]
-    return max(min(losses), objective.max_quality_loss)
+
+def _mixtures(
+    found: Sequence[_Candidate],
+    losses: LossTable,
+    accepted_loss: float,
+    price: Callable[[CacheDtype, Weights], float],
+) -> list[tuple[Weights, CacheDtype]]:
+    """The best mixture for each cache: of weights that are accurate enough and of weights that are not."""
+    best_of_each = []
+    for cache_dtype in dict.fromkeys(entry.layout.cache_dtype for entry in found):
+        here = sorted(
+            (entry for entry in found if entry.layout.cache_dtype == cache_dtype), key=lambda entry: entry.score
+        )
+        wide = [entry.weights for entry in here if entry.loss <= accepted_loss + 1e-9]
+        narrow = [entry.weights for entry in here if entry.loss > accepted_loss + 1e-9]
+        left = accepted_loss - quality.cache_loss(cache_dtype)
+        here_price = functools.partial(price, cache_dtype)
+        mixtures = [
+            mixing.mix(one, other, losses, left, here_price)
+            for one, other in itertools.product(wide[:NUM_WIDE], narrow)
+        ]
+        # They all use up the accepted loss, so that only their cost tells them apart.
+        best_of_each += [(mixture, cache_dtype) for mixture in sorted(filter(None, mixtures), key=here_price)[:1]]
+    return best_of_each
+
+
+def _is_worth_it(mixture: _Candidate, uniform_ones: Sequence[_Candidate]) -> bool:
+    """Whether a mixture, which uses up the accepted loss, is better by more than a tie than all that is uniform."""
+    return all(entry.refused or entry.score > mixture.score * TIE for entry in uniform_ones)
 
 
 def _best_or_least(entries: Sequence[_Candidate]) -> _Candidate:
@@ -304,7 +348,7 @@ def _best_or_least(entries: Sequence[_Candidate]) -> _Candidate:
     return min(entries, key=lambda entry: entry.predicted.peak_bytes)
 
 
-def _tell_kernels(search: _Search, kernels: Kernels, chosen: _Candidate, variant: Variant, batch: int) -> None:
+def _tell_kernels(search: _Search, kernels: Kernels, chosen: _Candidate, batch: int) -> None:
     """Write down the kernels' choice, with PyTorch beside it where it was measured and can run these formats."""
     alternatives = [
         Alternative(
@@ -319,9 +363,9 @@ def _tell_kernels(search: _Search, kernels: Kernels, chosen: _Candidate, variant
     other: Kernels = "torch" if kernels == "native" else "native"
     linears = {curve.weight_format for curve in search.machine.linears if curve.kernels == other}
     caches = {curve.cache_dtype for curve in search.machine.attentions if curve.kernels == other}
-    if {variant.weight_format, variant.table_format} <= linears and chosen.layout.cache_dtype in caches:
+    if chosen.weights.formats() <= linears and chosen.layout.cache_dtype in caches:
         layout = dataclasses.replace(chosen.layout, kernels=other)
-        entry = search.candidate(other, layout, variant, batch=batch, keep=True)
+        entry = search.candidate(other, layout, chosen.weights, batch=batch, keep=True)
         ratio = score_text(search.objective.kind, entry.score / chosen.score)
         alternatives.append(
             Alternative(
