@@ -146,26 +146,21 @@ def _find_marked(buffer: mmap.mmap, start: int, count: int) -> np.ndarray | None
     """
     whole = np.frombuffer(buffer, dtype=np.uint8)
     found: list[np.ndarray] = []
-    num_found = 0
-    # Piece by piece: the temporaries stay in the processor's cache, and nothing is read far beyond the array.
+    num_missing, next_start = count, 0
+    # Window by window: temporaries stay in the processor's cache, and the search ends where the chain does.
     for first in range(start, len(buffer) - _LENGTH_BYTES + 1, _WINDOW_BYTES):
         window = whole[first : first + _WINDOW_BYTES + _LENGTH_BYTES]
-        places = _marked_places(window)[:_WINDOW_BYTES]
-        starts = np.flatnonzero(places)
-        if not len(starts):
-            return None  # a text that long is not of the usual kind
-        found.append(starts + (first - start))
-        num_found += len(starts)
-        if num_found >= count:
-            break
-    if num_found < count:
-        return None
-    starts = np.concatenate(found)[:count]
-    raw = whole[start:]
-    lengths = raw[starts].astype(np.int64) + 256 * raw[starts + 1].astype(np.int64)
-    ends = starts + _LENGTH_BYTES + lengths
-    chained = starts[0] == 0 and np.array_equal(ends[:-1], starts[1:])
-    return starts if chained and start + int(ends[-1]) <= len(buffer) else None
+        places = np.flatnonzero(_marked_places(window)[:_WINDOW_BYTES])[:num_missing]
+        lengths = window[places].astype(np.int64) + 256 * window[places + 1].astype(np.int64)
+        starts = places + (first - start)
+        ends = starts + _LENGTH_BYTES + lengths
+        if not len(starts) or starts[0] != next_start or not np.array_equal(ends[:-1], starts[1:]):
+            return None
+        found.append(starts)
+        num_missing, next_start = num_missing - len(starts), int(ends[-1])
+        if not num_missing:
+            return np.concatenate(found) if start + next_start <= len(buffer) else None
+    return None
 
 
 def _marked_places(window: np.ndarray) -> np.ndarray:
