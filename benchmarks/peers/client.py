@@ -12,6 +12,7 @@ import os
 import selectors
 import signal
 import subprocess
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,6 +67,8 @@ class PeerProcess:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         python = environments.interpreter("dseek" if name in OWN else name)
         with self.log_path.open("a") as log:
+            self.started_s = time.monotonic()
+            """Just before the worker's process was made, on the clock of the workers' `..._at_s` figures."""
             self._process = subprocess.Popen(
                 [str(python), "-m", WORKERS[name]],
                 stdin=subprocess.PIPE,
@@ -156,8 +159,13 @@ class PeerProcess:
 
 
 def _variables(name: str, threads: int) -> dict[str, str]:
-    """Environment of a worker: threads limited everywhere, no hub, and the harness found from any interpreter."""
-    variables = {key: value for key, value in os.environ.items() if key != environments.PEERS_DIR_VARIABLE}
+    """Environment of a worker: threads limited everywhere, no hub, and the harness found from any interpreter.
+
+    Python keeps its bytecode, as in any installation: compiling one engine's sources anew in every process, and
+    another's (installed by pip, which compiles them) not, would measure neither.
+    """
+    dropped = (environments.PEERS_DIR_VARIABLE, "PYTHONDONTWRITEBYTECODE")
+    variables = {key: value for key, value in os.environ.items() if key not in dropped}
     for limit in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         variables[limit] = str(threads)
     variables.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1")

@@ -96,6 +96,7 @@ class DseekWorker(Worker):
         output = self.llm.generate([prompt], max_new_tokens=1, ignore_eos=True)[0]
         return {
             "first_token_s": time.perf_counter() - started,
+            "first_token_at_s": time.monotonic(),
             "token_id": output.token_ids[0],
             "prompt_token_ids": list(output.prompt_token_ids),
             **self.plan(),

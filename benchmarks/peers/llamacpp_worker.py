@@ -73,6 +73,7 @@ class LlamaCppWorker(Worker):
         token_id = self._best()
         return {
             "first_token_s": time.perf_counter() - started,
+            "first_token_at_s": time.monotonic(),
             "token_id": token_id,
             "prompt_token_ids": list(room[:count]),
         }

@@ -58,6 +58,7 @@ class OpenVinoWorker(Worker):
         result = self.pipeline.generate(encoded, self._greedy(1))
         return {
             "first_token_s": time.perf_counter() - started,
+            "first_token_at_s": time.monotonic(),
             "token_id": int(result.tokens[0][0]),
             "prompt_token_ids": [int(token) for token in encoded.input_ids.data[0]],
         }

@@ -8,7 +8,8 @@ Whatever the engine prints goes to stderr. Operations (a worker may lack some):
 - `generate` token_ids, num_tokens: greedy, end tokens ignored, nothing reused from earlier prompts; gives `token_ids`,
   `first_token_s` (prompt tokens ready, to the first token known) and `token_s` (steady seconds a token after that).
 - `start` path, threads, context_tokens, prompt, options: load in a process that has done nothing but import the engine,
-  and answer a text; gives `first_token_s` counted from before the load, and `token_ids` (or `token_id`).
+  and answer a text; gives `first_token_s` counted from before the load, `first_token_at_s` (the same moment on
+  `time.monotonic`, which all processes of a Linux system share), and `token_ids` (or `token_id`).
 - `memory`: `peak_bytes` and `now_bytes` of resident memory.
 """
 

@@ -131,7 +131,8 @@ _ALL = (
     ),
     Row(
         name="load",
-        claim="Load to first token, SmolLM2-135M, Q4_1 file; peer llama.cpp; limit: weights and cache of peak memory",
+        claim="Start of the process to first token, SmolLM2-135M, Q4_1 file; peer llama.cpp (llama-cpp-python); limit: "
+        "weights and cache of peak memory",
         place="load:load",
         min_limit_share=1 / 1.2,
     ),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 
 from benchmarks.peers.worker import Answer, Worker, serve
 
@@ -16,6 +18,9 @@ class FakeWorker(Worker):
 
     def generate(self, token_ids: list[int], num_tokens: int) -> Answer:
         return {"token_ids": token_ids[:1] * num_tokens, "first_token_s": 0.5, "token_s": 0.25}
+
+    def start(self, **request: object) -> Answer:
+        return {"first_token_at_s": time.monotonic(), "keeps_bytecode": not sys.dont_write_bytecode}
 
     def fail(self) -> Answer:
         raise RuntimeError("as asked")

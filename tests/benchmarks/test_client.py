@@ -43,6 +43,15 @@ def test_death_is_an_error() -> None:
         process.call("die")
 
 
+def test_a_worker_tells_its_first_token_on_the_clock_of_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    before = time.monotonic()
+    with PeerProcess("fake") as process:
+        answer = process.call("start", path="p")
+        assert before <= process.started_s < answer["first_token_at_s"] <= time.monotonic()
+        assert answer["keeps_bytecode"]
+
+
 def test_frozen_worker_is_stopped_and_woken_by_the_next_call() -> None:
     with PeerProcess("fake") as process:
         process.call("memory")

@@ -40,6 +40,13 @@ def test_no_torch_before_a_model_runs_on_it(module: str) -> None:
     assert _run(f"import sys, {module}; print('torch' in sys.modules)") == "False"
 
 
+@pytest.mark.parametrize("module", ["dseek.plan", "dseek.hardware.store"])
+def test_planning_with_kept_measurements_needs_the_standard_library_only(module: str) -> None:
+    rare = (*HEAVY, "difflib", "tempfile", "tomllib")
+    code = f"import sys, {module}; print([name for name in {rare!r} if name in sys.modules])"
+    assert _run(code) == "[]"
+
+
 def test_help_imports_no_verb() -> None:
     code = (
         "import sys\nfrom dseek.cli.main import main\n"

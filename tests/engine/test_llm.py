@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 
-from dseek.core.errors import RequestError
+from dseek.core.errors import ModelNotFoundError, RequestError
+from dseek.engine.llm import load
 from dseek.engine.request import SamplingParams
 from tests.engine.fakes import EOS, FakeRunner, make_files, make_llm, make_plan
 
@@ -111,3 +114,22 @@ def test_a_context_manager_closes_runner_and_files() -> None:
         pass
     assert runner.closed
     assert closed
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_loading_leaves_the_garbage_collector_as_it_was(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def open_nothing(name: str) -> None:
+        seen.append(gc.isenabled())
+        raise ModelNotFoundError(f"no {name}")
+
+    monkeypatch.setattr("dseek.models.files.open_model", open_nothing)
+    was_enabled = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(ModelNotFoundError):
+            load("model")
+        assert (gc.isenabled(), seen) == (enabled, [False])
+    finally:
+        (gc.enable if was_enabled else gc.disable)()

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dseek.core.errors import DseekError, FileFormatError, UnsupportedModelError
+from dseek.models import gguf_strings
 from dseek.models.gguf_reader import ENCODINGS, GgufFile
 from dseek.models.gguf_strings import StringArray, read_string_array
 from dseek.ops.tensor import BLOCK_SIZES
@@ -112,6 +113,27 @@ def test_string_arrays_at_the_edges_of_the_fast_path(special: str) -> None:
     array, end = _read(_records(strings) + b"\0\0\0\0", len(strings))
     assert array.to_list() == strings
     assert end == len(_records(strings))
+
+
+@pytest.mark.parametrize("lead", range(18))
+def test_long_string_arrays_are_found_without_walking(lead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_strings, "_walk", None)
+    # Several windows; `lead` moves every place that a record can have at their edges.
+    strings = ["x" * lead, *(f"token{i:04}" for i in range(9000)), "y" * 300]
+    records = _records(strings)
+    for behind in (b"", b"\1" + bytes(100)):
+        array, end = _read(records + behind, len(strings))
+        assert end == len(records)
+        assert array.to_list() == strings
+
+
+def test_a_chain_that_breaks_late_is_walked() -> None:
+    strings = [f"token{i}" for i in range(9000)] + ["\0" * 20, "z"]
+    array, end = _read(_records(strings), len(strings))
+    assert array.to_list() == strings
+    assert end == len(_records(strings))
+    with pytest.raises(FileFormatError, match="over the end"):
+        _read(_records(strings)[:-9] + struct.pack("<Q", 2) + b"z", len(strings))
 
 
 def test_merges_become_pairs() -> None:

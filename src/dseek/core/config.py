@@ -8,10 +8,8 @@ values mean (ranges, combinations) is the component's own business.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
-import tomllib
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -82,6 +80,8 @@ def load_toml(kind: type[T], path: str | Path) -> T:
     Raises:
         ConfigError: the file is not there, is not TOML, or does not fit `kind`.
     """
+    import tomllib  # what starts quickly reads JSON only
+
     text = _read_text(Path(path))
     try:
         data = tomllib.loads(text)
@@ -182,6 +182,8 @@ def _wrong_type(where: str, value: object, needed: str) -> ConfigError:
 
 
 def _unknown_key(key: object, hints: Mapping[str, Any], where: str) -> ConfigError:
+    import difflib  # for a misspelt key only
+
     near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
     return ConfigError(
         f"unknown key {_shown(key)}{' in ' + where if where else ''}",
@@ -244,6 +246,11 @@ def _convert_union(hint: Any, value: object, where: str) -> Any:
 def _convert_tuple(hint: Any, value: list[Any] | tuple[Any, ...], where: str) -> tuple[Any, ...]:
     arguments = get_args(hint)
     if len(arguments) == 2 and arguments[1] is Ellipsis:
+        # Long rows of numbers, which a measured machine is made of: nothing to convert and no path to make for each.
+        if arguments[0] is int and all(type(item) is int for item in value):
+            return tuple(value)
+        if arguments[0] is float and all(type(item) is float and math.isfinite(item) for item in value):
+            return tuple(value)
         return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if len(value) != len(arguments):
         raise _wrong_type(where, value, f"a list of {len(arguments)} values")

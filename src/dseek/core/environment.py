@@ -6,7 +6,6 @@ with `DSEEK_` and is not in the table has no effect: `unknown_variables` finds t
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,6 +135,8 @@ def unknown_variables() -> list[tuple[str, str | None]]:
     found = []
     for name in sorted(os.environ):
         if name.startswith("DSEEK_") and name not in VARIABLES:
+            import difflib  # for a misspelt name only
+
             near = difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.6)
             found.append((name, near[0] if near else None))
     return found

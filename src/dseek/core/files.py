@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 
@@ -17,6 +16,8 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
     Raises:
         OSError: the folder cannot be made or written; the old file, if any, is as it was.
     """
+    import tempfile  # only writing needs it, and what starts quickly mostly reads
+
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:64]}.", suffix=".tmp", dir=target.parent)

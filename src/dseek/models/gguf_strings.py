@@ -19,8 +19,8 @@ import numpy as np
 from dseek.core.errors import FileFormatError
 
 _LENGTH_BYTES = 8
-_FIRST_WINDOW_BYTES_A_STRING = 24
-"""First guess of a record's size; a vocabulary's mean is 14 to 18 bytes."""
+_WINDOW_BYTES = 1 << 16
+"""Bytes searched at a time."""
 _SMALL_ARRAY = 64
 """Below this many strings walking is as fast."""
 
@@ -144,30 +144,43 @@ def _find_marked(buffer: mmap.mmap, start: int, count: int) -> np.ndarray | None
     Returns:
         int64 [count], starts relative to `start`.
     """
-    window_bytes = count * _FIRST_WINDOW_BYTES_A_STRING
-    for _ in range(3):
-        window = np.frombuffer(buffer[start : start + window_bytes], dtype=np.uint8)
-        if len(window) < 2 * _LENGTH_BYTES:
+    whole = np.frombuffer(buffer, dtype=np.uint8)
+    found: list[np.ndarray] = []
+    num_missing, next_start = count, 0
+    # Window by window: temporaries stay in the processor's cache, and the search ends where the chain does.
+    for first in range(start, len(buffer) - _LENGTH_BYTES + 1, _WINDOW_BYTES):
+        window = whole[first : first + _WINDOW_BYTES + _LENGTH_BYTES]
+        places = np.flatnonzero(_marked_places(window)[:_WINDOW_BYTES])[:num_missing]
+        lengths = window[places].astype(np.int64) + 256 * window[places + 1].astype(np.int64)
+        starts = places + (first - start)
+        ends = starts + _LENGTH_BYTES + lengths
+        if not len(starts) or starts[0] != next_start or not np.array_equal(ends[:-1], starts[1:]):
             return None
-        zero = window == 0
-        num_places = len(window) - _LENGTH_BYTES + 1
-        # Six zeros in a row from byte 2 of the length on, as pairs at 2, 4 and 6.
-        pair = zero[:-1] & zero[1:]
-        marked = pair[2 : 2 + num_places] & pair[4 : 4 + num_places]
-        marked &= pair[6 : 6 + num_places]
-        # A length below 256 marks the place before it too: the last of a run is the true one.
-        marked[:-1] &= ~marked[1:]
-        starts = np.flatnonzero(marked)
-        if len(starts) >= count:
-            starts = starts[:count]
-            lengths = window[starts].astype(np.int64) + 256 * window[starts + 1].astype(np.int64)
-            ends = starts + _LENGTH_BYTES + lengths
-            chained = starts[0] == 0 and np.array_equal(ends[:-1], starts[1:])
-            return starts if chained and start + int(ends[-1]) <= len(buffer) else None
-        if start + window_bytes >= len(buffer):
-            return None
-        window_bytes *= 4
+        found.append(starts)
+        num_missing, next_start = num_missing - len(starts), int(ends[-1])
+        if not num_missing:
+            return np.concatenate(found) if start + next_start <= len(buffer) else None
     return None
+
+
+def _marked_places(window: np.ndarray) -> np.ndarray:
+    """Tell for each byte whether a length below 65,536 may start there.
+
+    Args:
+        window: uint8 [num_bytes], at least 8.
+
+    Returns:
+        bool [num_bytes - 7].
+    """
+    zero = window == 0
+    num_places = len(window) - _LENGTH_BYTES + 1
+    # Six zeros in a row from byte 2 of the length on, as pairs at 2, 4 and 6.
+    pair = zero[:-1] & zero[1:]
+    marked: np.ndarray = pair[2 : 2 + num_places] & pair[4 : 4 + num_places]
+    marked &= pair[6 : 6 + num_places]
+    # A length below 256 marks the place before it too: the last of a run is the true one.
+    marked[:-1] &= ~marked[1:]
+    return marked
 
 
 def _walk(buffer: mmap.mmap, start: int, count: int, source: str) -> np.ndarray:

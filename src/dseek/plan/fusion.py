@@ -30,15 +30,12 @@ class Fusion:
     """
 
     def __init__(self, machine: Machine, kernels: str, rates: Rates) -> None:
-        self._factors: dict[str, list[tuple[tuple[int, int], tuple[int, ...], list[float]]]] = {}
+        self._rates = rates
+        self._curves: dict[str, list[BlockCurve]] = {}
         for curve in machine.blocks:
             if curve.kernels == kernels and rates.has_format(curve.weight_format) and rates.has_cache("bf16"):
-                factors = [
-                    _factor(curve, rates, num_rows, seconds)
-                    for num_rows, seconds in zip(curve.num_rows, curve.seconds, strict=True)
-                ]
-                place = (curve.hidden_size, curve.intermediate_size)
-                self._factors.setdefault(curve.weight_format, []).append((place, curve.num_rows, factors))
+                self._curves.setdefault(curve.weight_format, []).append(curve)
+        self._known: dict[str, list[tuple[tuple[int, int], tuple[int, ...], list[float]]]] = {}
 
     def factor(self, weight_format: str, num_rows: int, hidden_size: int, intermediate_size: int) -> float:
         """Return what to multiply the sum of the parts with.
@@ -49,19 +46,35 @@ class Fusion:
             hidden_size: width of the residual stream.
             intermediate_size: width of the gated MLP.
         """
-        if not self._factors:
+        if not self._curves:
             return 1.0
         place = (hidden_size, intermediate_size)
-        if weight_format not in self._factors:
-            others = [self.factor(name, num_rows, *place) for name in self._factors]
+        if weight_format not in self._curves:
+            others = [self.factor(name, num_rows, *place) for name in self._curves]
             return math.exp(sum(map(math.log, others)) / len(others))
         return blend(
             [
                 (where, interpolate_level(rows, factors, num_rows))
-                for where, rows, factors in self._factors[weight_format]
+                for where, rows, factors in self._factors(weight_format)
             ],
             place,
         )
+
+    def _factors(self, weight_format: str) -> list[tuple[tuple[int, int], tuple[int, ...], list[float]]]:
+        """Place, rows and factors of each curve of a format; worked out when the format is first asked for."""
+        if weight_format not in self._known:
+            self._known[weight_format] = [
+                (
+                    (curve.hidden_size, curve.intermediate_size),
+                    curve.num_rows,
+                    [
+                        _factor(curve, self._rates, num_rows, seconds)
+                        for num_rows, seconds in zip(curve.num_rows, curve.seconds, strict=True)
+                    ],
+                )
+                for curve in self._curves[weight_format]
+            ]
+        return self._known[weight_format]
 
     def block_s(
         self, shape: ModelShape, rates: Rates, formats: LayerFormats, kernels: str, num_rows: int, working_set: float

@@ -8,6 +8,7 @@ that a measured shape gives its own time exactly.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
         return ys[0]
     if x >= xs[-1]:
         return ys[-1] * x / xs[-1]
-    upper = next(index for index, value in enumerate(xs) if value >= x)
+    upper = bisect.bisect_left(xs, x)
     share = math.log(x / xs[upper - 1]) / math.log(xs[upper] / xs[upper - 1])
     return ys[upper - 1] * math.pow(ys[upper] / ys[upper - 1], share)
 
