@@ -4,12 +4,13 @@ VENV ?= .venv
 PROMPT ?= The three things a good library needs are
 BIN := $(VENV)/bin
 BUILD := build/dev
+SANITIZED := build/sanitize
 CPP_FILES = $(shell find src/dseek/ops/csrc -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name '*.inc')
 
 # The kernels are built by whatever cmake and ninja the environment holds; PATH goes first so that both are found.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help venv dev native run test lint format flags bench clean
+.PHONY: help venv dev native run test sanitize lint format flags bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -45,6 +46,13 @@ run: venv ## bring the embedded model, measure this machine, print the plan, ans
 
 test: dev ## the tests
 	$(BIN)/python -m pytest
+
+sanitize: dev ## build the kernels with AddressSanitizer and run what hunts for memory errors
+	@test -e "$$(g++ -print-file-name=libasan.so)" || { echo "sanitize: g++ has no libasan.so; install the one of its version" >&2; exit 1; }
+	cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILER=g++ -DDSEEK_SANITIZE=ON \
+	    -DPython_EXECUTABLE=$(abspath $(BIN))/python
+	cmake --build $(SANITIZED) --parallel $(shell nproc)
+	$(BIN)/python -m pytest -m sanitizer tests/sanitizer
 
 lint: dev ## ruff, mypy, the import table, clang-format
 	$(BIN)/ruff check .

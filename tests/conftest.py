@@ -1,30 +1,44 @@
 """What every test may ask for: the embedded model, poisoned memory, and honest skips.
 
 A test that needs something this machine lacks (the compiled kernels, the embedded model) skips with a reason; where the
-environment says `CI`, nothing may be missing and the same test fails instead.
+environment says `CI`, as `.ci/run` does, nothing may be missing and every skip is a failure instead.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
-def _missing(what: str) -> NoReturn:
-    """Skip, or fail where everything must be there.
 
-    Args:
-        what: the reason, a sentence.
-    """
-    if os.environ.get("CI"):
-        pytest.fail(f"{what} (CI: nothing may be missing)", pytrace=False)
-    pytest.skip(what)
+def _nothing_may_be_missing(report: Report) -> Report:
+    """Turn a skip into a failure where the environment says `CI`; an expected failure stays what it is."""
+    if os.environ.get("CI") and report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{reason} (CI: nothing may be missing)"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Hold every test to `_nothing_may_be_missing`."""
+    report = yield
+    return _nothing_may_be_missing(report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Hold files that skip as a whole to `_nothing_may_be_missing`."""
+    report = yield
+    return _nothing_may_be_missing(report)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -34,7 +48,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         item: the test about to run.
     """
     if item.get_closest_marker("native") and importlib.util.find_spec("dseek._native") is None:
-        _missing("the native kernels are not built: `make native`")
+        pytest.skip("the native kernels are not built: `make native`")
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +65,7 @@ def embedded_model() -> Path:
     try:
         return Path(locate.pull("smollm2", None))
     except (ValueError, OSError) as error:
-        _missing(f"the embedded model cannot be had: {error}")
+        pytest.skip(f"the embedded model cannot be had: {error}")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import math
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dseek.core.errors import ConfigError
 
@@ -39,14 +39,14 @@ def from_mapping(kind: type[T], data: object, *, where: str = "") -> T:
         ConfigError: an unknown or missing key, or a value of another type.
     """
     if not isinstance(data, Mapping):
-        raise _wrong_type(where, data, "a table of " + ", ".join(f.name for f in dataclasses.fields(kind)))  # type: ignore[arg-type]
+        raise _wrong_type(where, data, "a table of " + ", ".join(field.name for field in _fields(kind)))
     hints = _hints(kind)
     values: dict[str, Any] = {}
     for key, value in data.items():
         if key not in hints:
             raise _unknown_key(key, hints, where)
         values[key] = _convert(hints[key], value, _join(where, key))
-    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+    for field in _fields(kind):
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
         if field.name not in values and not has_default:
             raise ConfigError(f"{_join(where, field.name)} is missing", needed=_name_of(hints[field.name]))
@@ -141,12 +141,20 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
+def _fields(kind: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(kind)
+
+
+def _is_dataclass(hint: Any) -> TypeGuard[type[Any]]:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
 def _hints(kind: type[Any]) -> dict[str, Any]:
     known = _hints_of_kinds.get(kind)
     if known is None:
-        assert dataclasses.is_dataclass(kind), kind
+        assert _is_dataclass(kind), kind
         hints = get_type_hints(kind)
-        known = {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+        known = {field.name: hints[field.name] for field in _fields(kind) if field.init}
         _hints_of_kinds[kind] = known
     return known
 
@@ -171,8 +179,8 @@ def _name_of(hint: Any) -> str:
         return "a list of " + _name_of(get_args(hint)[0])
     if origin is dict:
         return "a table of " + _name_of(get_args(hint)[1])
-    if dataclasses.is_dataclass(hint):
-        return "a table of " + ", ".join(_hints(hint))  # type: ignore[arg-type]
+    if _is_dataclass(hint):
+        return "a table of " + ", ".join(_hints(hint))
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
     return names.get(hint, "nothing" if hint is type(None) else str(hint))
 
@@ -205,8 +213,8 @@ def _convert(hint: Any, value: object, where: str) -> Any:
     elif origin is dict:
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             return {key: _convert(arguments[1], item, _join(where, key)) for key, item in value.items()}
-    elif dataclasses.is_dataclass(hint):
-        return from_mapping(hint, value, where=where)  # type: ignore[arg-type]
+    elif _is_dataclass(hint):
+        return from_mapping(hint, value, where=where)
     elif hint is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and _is_finite(value):
             return float(value)

@@ -178,13 +178,10 @@ class LLM:
             RequestError: a prompt or a sampling value cannot be served; nothing is generated then.
         """
         params = _merged(params, sampling)
-        single = isinstance(prompts, str) or (
-            len(prompts) > 0 and not isinstance(prompts[0], (str, Sequence, np.ndarray))
-        )
         requests: list[Request] = []
         try:
-            for prompt in [prompts] if single else prompts:
-                requests.append(self.submit(prompt, params))  # type: ignore[arg-type]
+            for prompt in _as_list(prompts):
+                requests.append(self.submit(prompt, params))
             while not all(request.finished for request in requests):
                 self.engine.step()
         finally:
@@ -365,6 +362,15 @@ def _encodable(text: str) -> str:
     except UnicodeEncodeError as error:
         raise RequestError(f"character {error.start} is no text: {error.reason}", needed="UTF-8") from error
     return text
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """Make a list of one prompt; leave a list of prompts as it is."""
+    if isinstance(prompts, str):
+        return [prompts]
+    items: Sequence[Any] = prompts
+    one = len(items) > 0 and not isinstance(items[0], (str, Sequence, np.ndarray))
+    return [items] if one else items
 
 
 def _merged(params: SamplingParams | None, sampling: Mapping[str, Any]) -> SamplingParams:

@@ -8,6 +8,7 @@ minutes.
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import sys
@@ -87,7 +88,7 @@ def linear_curves() -> list[LinearCurve]:
                 if seconds and seconds[-1] * num_rows / 32 > 4 * SLOW_S:
                     break
                 x = torch.randn(num_rows, inputs).to(dtype)
-                seconds.append(best_time(lambda x=x, weight=weight: F.linear(x, weight), 0.03))  # type: ignore[misc]
+                seconds.append(best_time(functools.partial(F.linear, x, weight), 0.03))
             curves.append(
                 LinearCurve(
                     kernels="torch",

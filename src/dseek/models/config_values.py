@@ -113,7 +113,7 @@ class ConfigValues:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise self.error(key, needed)
         # Compared before it is widened: an integer of a thousand digits does not fit a float. NaN compares false.
-        if not (value >= minimum and value <= maximum):  # type: ignore[operator]
+        if value < minimum or not value <= maximum:
             raise self.error(key, needed)
         return float(value)
 

@@ -64,7 +64,7 @@ class Rotary(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Rotary:
         """Follow a move of the module, but keep the values: a cast to bfloat16 would ruin the angles."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self.frequencies = torch.from_numpy(self.values.copy()).to(self.frequencies.device)
         return self
 
@@ -276,7 +276,7 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         self.tie_weights()
         self.reset_parameters()
-        self.register_load_state_dict_pre_hook(_complete_state_dict)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_complete_state_dict)
 
     @classmethod
     def from_files(

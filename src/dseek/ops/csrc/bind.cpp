@@ -1,37 +1,25 @@
 // The Python face of the native code: arrays in, arrays out, checked here so that nothing below has to.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <climits>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
 
+#include "bind.h"
 #include "common/cpu.h"
 #include "decoder.h"
 #include "matmul.h"
-#include "measure.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace dseek {
 namespace {
-
-template <class T, int kDims>
-using Input = nb::ndarray<const T, nb::ndim<kDims>, nb::c_contig, nb::device::cpu>;
-using Blob = Input<uint8_t, 1>;
-using Vector = Input<float, 1>;
-template <class T>
-using Output = nb::ndarray<nb::numpy, T>;
-
-void require(bool condition, const std::string& message) {
-    if (!condition) throw std::invalid_argument(message);
-}
 
 // A new array over memory of its own, 64-byte aligned; `shape` may be narrower than the memory's rows.
 template <class T>
@@ -43,18 +31,6 @@ Output<T> own(Pages&& memory, std::vector<size_t> shape, std::vector<int64_t> st
 
 Linear view(const Blob& blob) { return view_blob(blob.data(), blob.size()); }
 
-CacheType cache_type_from_name(const std::string& name) {
-    if (name == "fp32") return CacheType::fp32;
-    if (name == "bf16") return CacheType::bf16;
-    if (name == "int8") return CacheType::int8;
-    throw std::invalid_argument("unknown cache type '" + name + "'; needed: fp32, bf16 or int8");
-}
-
-void check_size(int n, int k) {
-    constexpr int kLargest = 1 << 26;
-    require(n >= 1 && k >= 1 && n <= kLargest && k <= kLargest, "a weight's sizes are out of range");
-}
-
 using NamedPiece = std::tuple<std::string, int, Blob>;
 
 Output<uint8_t> pack_encoded(const std::string& format_name, const std::vector<NamedPiece>& named, int k,
@@ -65,11 +41,10 @@ Output<uint8_t> pack_encoded(const std::string& format_name, const std::vector<N
         pieces.push_back({encoding_from_name(encoding), rows, data.data(), data.size()});
         n += rows;
     }
-    require(n <= 1 << 26, "a weight has too many rows");
-    check_size(static_cast<int>(n), k);
-    require(!interleaved || n % 2 == 0, "an interleaved weight needs an even number of rows");
+    const Format format = format_from_name(format_name);
+    check_size(format, n, k, interleaved);
     check_pieces(pieces, static_cast<int>(n), k);
-    const BlobHeader header = make_header(format_from_name(format_name), static_cast<int>(n), k, interleaved);
+    const BlobHeader header = make_header(format, static_cast<int>(n), k, interleaved);
     Pages memory(header.num_bytes);
     {
         nb::gil_scoped_release release;
@@ -79,6 +54,8 @@ Output<uint8_t> pack_encoded(const std::string& format_name, const std::vector<N
 }
 
 Output<uint8_t> pack(const std::string& format, const Input<float, 2>& weight, bool interleaved) {
+    check_size(format_from_name(format), static_cast<int64_t>(weight.shape(0)), static_cast<int64_t>(weight.shape(1)),
+               interleaved);
     const int n = static_cast<int>(weight.shape(0)), k = static_cast<int>(weight.shape(1));
     size_t num_bytes = weight.size() * sizeof(float), shape[1] = {num_bytes};
     Blob bytes(const_cast<float*>(weight.data()), 1, shape, nb::handle(), nullptr, nb::dtype<uint8_t>());
@@ -87,7 +64,9 @@ Output<uint8_t> pack(const std::string& format, const Input<float, 2>& weight, b
 
 Output<float> linear(const Input<float, 2>& x, const Blob& blob) {
     const Linear weight = view(blob);
-    require(x.shape(0) >= 1 && static_cast<int>(x.shape(1)) == weight.k, "activations do not have the weight's inputs");
+    require(x.shape(0) >= 1 && x.shape(0) <= kMostRows && x.shape(1) == static_cast<size_t>(weight.k),
+            "activations do not have the weight's inputs");
+    require_aligned(x);
     Pages memory(x.shape(0) * weight.n_padded * sizeof(float));
     {
         nb::gil_scoped_release release;
@@ -118,8 +97,10 @@ Output<uint16_t> attention(const Input<uint16_t, 3>& q, const Input<uint16_t, 3>
     }
     const int heads = static_cast<int>(q.shape(0)), tokens = static_cast<int>(q.shape(1)),
               d = static_cast<int>(q.shape(2));
-    require(heads >= 1 && tokens >= 1 && d % 16 == 0 && d >= 16 && d <= 512,
-            "head width must be a multiple of 16 up to 512");
+    require(q.shape(0) <= kMostRows && q.shape(1) <= kMostRows && q.shape(2) <= 512 && heads >= 1 && tokens >= 1 &&
+                d % 16 == 0 && d >= 16,
+            "q, k and v must have heads, tokens, and a head width that is a multiple of 16 up to 512");
+    require_aligned(q, k, v);
     Pages memory(q.size() * sizeof(uint16_t));
     {
         nb::gil_scoped_release release;
@@ -130,7 +111,9 @@ Output<uint16_t> attention(const Input<uint16_t, 3>& q, const Input<uint16_t, 3>
 }
 
 Output<float> norm(const Input<float, 2>& x, const Vector& weight, float epsilon) {
-    require(weight.size() == x.shape(1) && weight.size() >= 1, "the norm's weight has another width than its rows");
+    require(weight.size() == x.shape(1) && weight.size() >= 1 && weight.size() <= INT_MAX,
+            "the norm's weight has another width than its rows");
+    require_aligned(x, weight);
     const int size = static_cast<int>(x.shape(1));
     Pages memory(x.size() * sizeof(float));
     for (size_t row = 0; row < x.shape(0); ++row) {
@@ -149,6 +132,7 @@ public:
                    const std::optional<Vector>& key_norm, const std::optional<Vector>& qkv_bias,
                    const std::optional<Vector>& output_bias, const std::optional<Vector>& gate_up_bias,
                    const std::optional<Vector>& down_bias, int window) {
+        const std::lock_guard lock(mutex_);
         BlockWeights block;
         block.qkv = keep(qkv);
         block.output = keep(output);
@@ -169,6 +153,7 @@ public:
     }
 
     void set_tables(const Blob& embedding, const Blob& head, const Vector& final_norm) {
+        const std::lock_guard lock(mutex_);
         const Linear embedding_view = keep(embedding), head_view = keep(head);
         decoder_.set_tables(embedding_view, head_view, keep(final_norm, decoder_.shape().hidden_size, "final norm"));
     }
@@ -178,6 +163,7 @@ public:
         require(cos.shape(1) == half && sin.shape(1) == half && cos.shape(0) == sin.shape(0) && cos.shape(0) >= 1 &&
                     cos.shape(0) < (1u << 30),
                 "rotary tables must be [positions, head_dim / 2]");
+        require_aligned(cos, sin);
         const std::lock_guard lock(mutex_);
         rotary_ = {cos, sin};
         decoder_.set_rotary(cos.data(), sin.data(), static_cast<int>(cos.shape(0)));
@@ -193,6 +179,8 @@ public:
                           const Input<int32_t, 1>& logit_rows) {
         Batch batch = batch_of(positions, row_starts, page_tables);
         require(token_ids.size() == positions.size(), "token_ids and positions differ in length");
+        require(logit_rows.size() <= positions.size(), "logit_rows must be ascending rows of the batch");
+        require_aligned(token_ids, logit_rows);
         batch.token_ids = token_ids.data();
         batch.logit_rows = logit_rows.data();
         batch.num_logit_rows = static_cast<int>(logit_rows.size());
@@ -211,8 +199,9 @@ public:
                              const Input<int32_t, 1>& row_starts, const Input<int32_t, 2>& page_tables, int block_begin,
                              int block_end) {
         Batch batch = batch_of(positions, row_starts, page_tables);
-        require(x.shape(0) == positions.size() && static_cast<int>(x.shape(1)) == decoder_.shape().hidden_size,
+        require(x.shape(0) == positions.size() && x.shape(1) == static_cast<size_t>(decoder_.shape().hidden_size),
                 "hidden states must be [rows, hidden_size]");
+        require_aligned(x);
         Pages out(x.size() * sizeof(float));
         std::memcpy(out.data(), x.data(), x.size() * sizeof(float));
         {
@@ -228,10 +217,11 @@ public:
 private:
     static Batch batch_of(const Input<int32_t, 1>& positions, const Input<int32_t, 1>& row_starts,
                           const Input<int32_t, 2>& page_tables) {
-        constexpr size_t kMostRows = 1u << 24;
-        require(
-            positions.size() <= kMostRows && row_starts.size() >= 2 && page_tables.shape(0) == row_starts.size() - 1,
-            "page_tables must have a row a sequence, and row_starts one entry more");
+        require(positions.size() >= 1 && positions.size() <= kMostRows, "a batch needs at least one row");
+        require(row_starts.size() >= 2 && row_starts.size() <= kMostRows + 1 &&
+                    page_tables.shape(0) == row_starts.size() - 1 && page_tables.shape(1) <= kMostRows,
+                "page_tables must have a row a sequence, and row_starts one entry more");
+        require_aligned(positions, row_starts, page_tables);
         Batch batch;
         batch.positions = positions.data();
         batch.row_starts = row_starts.data();
@@ -248,8 +238,10 @@ private:
         return weight;
     }
     const float* keep(const Vector& vector, int size, const char* name) {
-        require(static_cast<int>(vector.size()) == size, std::string(name) + " has " + std::to_string(vector.size()) +
-                                                             " values; needed: " + std::to_string(size));
+        require(
+            vector.size() == static_cast<size_t>(size),
+            std::string(name) + " has " + std::to_string(vector.size()) + " values; needed: " + std::to_string(size));
+        require_aligned(vector);
         vectors_.push_back(vector);
         return vector.data();
     }
@@ -289,40 +281,6 @@ void bind_decoder(nb::module_& module) {
         .def_prop_ro("workspace_bytes", [](const OwningDecoder& self) { return self.decoder().workspace_bytes(); });
 }
 
-void bind_measurements(nb::module_& module) {
-    module.def(
-        "read_bandwidth",
-        [](size_t num_bytes, int repeats) {
-            require(num_bytes >= 4096 && repeats >= 1, "read_bandwidth needs at least 4096 bytes and one repeat");
-            nb::gil_scoped_release release;
-            return read_bandwidth(num_bytes, repeats);
-        },
-        "num_bytes"_a, "repeats"_a);
-    module.def(
-        "time_linear",
-        [](const std::string& format, int m, int n, int k, int repeats, bool cold, size_t working_set_bytes) {
-            check_size(n, k);
-            require(m >= 1 && m <= 1 << 20 && repeats >= 1, "time_linear needs at least one row and one repeat");
-            const Format parsed = format_from_name(format);
-            nb::gil_scoped_release release;
-            return time_linear(parsed, m, n, k, repeats, cold ? working_set_bytes : 0);
-        },
-        "format"_a, "m"_a, "n"_a, "k"_a, "repeats"_a, "cold"_a, "working_set_bytes"_a = size_t{256} << 20);
-    module.def(
-        "time_attention",
-        [](int num_query_rows, int context, int num_heads, int num_kv_heads, int head_dim,
-           const std::string& cache_type, int repeats) {
-            require(num_query_rows >= 1 && num_query_rows <= context && context <= 1 << 22 && num_kv_heads >= 1 &&
-                        num_heads >= num_kv_heads && num_heads % num_kv_heads == 0 && head_dim >= 16 &&
-                        head_dim <= 512 && head_dim % 16 == 0 && repeats >= 1,
-                    "time_attention: sizes out of range");
-            const CacheType type = cache_type_from_name(cache_type);
-            nb::gil_scoped_release release;
-            return time_attention(num_query_rows, context, num_heads, num_kv_heads, head_dim, type, repeats);
-        },
-        "num_query_rows"_a, "context"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "cache_dtype"_a, "repeats"_a);
-}
-
 }  // namespace
 }  // namespace dseek
 
@@ -354,8 +312,9 @@ NB_MODULE(_native, module) {
     module.def(
         "packed_bytes",
         [](const std::string& format, int n, int k, bool interleaved) {
-            check_size(n, k);
-            return make_header(format_from_name(format), n, k, interleaved).num_bytes;
+            const Format parsed = format_from_name(format);
+            check_size(parsed, n, k, interleaved);
+            return make_header(parsed, n, k, interleaved).num_bytes;
         },
         "format"_a, "n"_a, "k"_a, "interleaved"_a = false);
     module.def("pack", &pack, "format"_a, "weight"_a, "interleaved"_a = false);

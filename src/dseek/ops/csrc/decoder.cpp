@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -31,6 +32,8 @@ Decoder::Decoder(const DecoderShape& shape)
         refuse("head width is " + std::to_string(shape.head_dim) + "; needed: a multiple of 16 up to 512");
     }
     if (shape.num_heads % shape.num_kv_heads != 0) refuse("query heads are no multiple of key-value heads");
+    const int64_t qkv = (int64_t{shape.num_heads} + 2 * shape.num_kv_heads) * shape.head_dim;
+    if (qkv > kLargest || 2 * shape.intermediate_size > kLargest) refuse("a projection of the decoder is too wide");
 }
 
 void Decoder::add_block(const BlockWeights& block) {
@@ -41,6 +44,7 @@ void Decoder::add_block(const BlockWeights& block) {
     check_linear(block.down, shape_.hidden_size, shape_.intermediate_size, false, "down projection");
     if (static_cast<int>(blocks_.size()) == shape_.num_layers) refuse("more blocks than the decoder has layers");
     blocks_.push_back(block);
+    sized_for_ = nullptr;
 }
 
 void Decoder::set_tables(const Linear& embedding, const Linear& head, const float* final_norm) {
@@ -49,6 +53,7 @@ void Decoder::set_tables(const Linear& embedding, const Linear& head, const floa
     embedding_ = embedding;
     head_ = head;
     final_norm_ = final_norm;
+    sized_for_ = nullptr;
 }
 
 void Decoder::set_rotary(const float* cos, const float* sin, int num_positions) {
@@ -59,6 +64,7 @@ void Decoder::set_rotary(const float* cos, const float* sin, int num_positions) 
 
 void Decoder::allocate_cache(int num_pages) {
     if (num_pages < 1) refuse("the cache needs at least one page");
+    if (static_cast<size_t>(num_pages) > SIZE_MAX / layout_.page_bytes()) throw std::bad_alloc();
     cache_ = Pages(layout_.page_bytes() * static_cast<size_t>(num_pages));
     num_pages_ = num_pages;
 }
@@ -94,8 +100,8 @@ void Decoder::check(const Batch& batch) const {
         if (end <= begin || end > batch.num_rows) refuse("row_starts must grow");
         const int first = batch.positions[begin];
         if (first < 0 || first > num_positions_ - (end - begin)) {
-            refuse("position " + std::to_string(first + end - begin - 1) + " is out of range; the context has " +
-                   std::to_string(num_positions_) + " positions");
+            refuse("position " + std::to_string(int64_t{first} + end - begin - 1) +
+                   " is out of range; the context has " + std::to_string(num_positions_) + " positions");
         }
         for (int row = begin; row < end; ++row) {
             if (batch.positions[row] != first + row - begin) refuse("positions of a sequence must be consecutive");
@@ -205,6 +211,10 @@ void Decoder::reserve(int num_rows, int num_logit_rows, int num_threads) {
         workers_ = std::vector<Worker>(static_cast<size_t>(num_threads));
         threads_ready_ = num_threads;
         task_capacity_ = 0;
+    }
+    if (table_ != sized_for_) {
+        sized_for_ = table_;
+        task_capacity_ = shared_capacity_ = 0;
     }
     // All memory is taken here: nothing may fail once the team is running.
     const int task_rows = by_rows_ ? rows_per_task_ : kRowsPreparedByAll;

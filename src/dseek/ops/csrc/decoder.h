@@ -151,6 +151,7 @@ private:
     ThreadPool* team_ = nullptr;
     const KernelTable* table_ = nullptr;
     int capacity_ = 0, task_capacity_ = 0, shared_capacity_ = 0;  // rows
+    const KernelTable* sized_for_ = nullptr;  // whose kinds of rows the last two are for; null after new weights
     int threads_ready_ = 0;
     size_t qkv_stride_ = 0, hidden_stride_ = 0;
     Pages x_, qkv_, attended_, hidden_, needed_x_, needed_attended_;

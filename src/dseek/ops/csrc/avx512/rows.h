@@ -61,12 +61,14 @@ inline void quantize_groups_avx512(const float* x, int k, int k_padded, const Ro
         const __m512 a = _mm512_loadu_ps(source + group * kGroup), b = _mm512_loadu_ps(source + group * kGroup + 16);
         const float largest = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
         const __m512 inverse = _mm512_set1_ps(largest > 0.f ? 127.f / largest : 0.f);
-        const __m512i qa = _mm512_cvtps_epi32(_mm512_mul_ps(a, inverse));
-        const __m512i qb = _mm512_cvtps_epi32(_mm512_mul_ps(b, inverse));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + group * kGroup), _mm512_cvtepi32_epi8(qa));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + group * kGroup + 16), _mm512_cvtepi32_epi8(qb));
+        const __m128i qa = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(a, inverse)));
+        const __m128i qb = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(b, inverse)));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + group * kGroup), qa);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + group * kGroup + 16), qb);
+        // The sum of the bytes as they are stored: of infinite inputs the wider numbers would overflow.
+        const __m512i sums = _mm512_add_epi32(_mm512_cvtepi8_epi32(qa), _mm512_cvtepi8_epi32(qb));
         scale[group] = largest / 127.f;
-        total[group] = scale[group] * static_cast<float>(_mm512_reduce_add_epi32(_mm512_add_epi32(qa, qb)));
+        total[group] = scale[group] * static_cast<float>(_mm512_reduce_add_epi32(sums));
     }
 }
 

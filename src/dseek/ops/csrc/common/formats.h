@@ -120,7 +120,11 @@ struct Linear {
     }
 };
 
-// Reads a header and checks every size in it against the blob's length; throws std::invalid_argument.
+// Throws std::invalid_argument unless a weight may have n output channels of k inputs in this format.
+void check_size(Format format, int64_t n, int64_t k, bool interleaved);
+
+// Reads a header and checks every size in it against the blob's length, and that the blob starts at a multiple of four
+// bytes; throws std::invalid_argument.
 Linear view_blob(const uint8_t* blob, size_t num_bytes);
 
 }  // namespace dseek

@@ -158,18 +158,31 @@ void repack_panel(uint8_t* blob, const BlobHeader& header, const std::vector<Pie
 
 }  // namespace
 
+void check_size(Format format, int64_t n, int64_t k, bool interleaved) {
+    constexpr int64_t kMostChannels = 1 << 26;
+    constexpr int64_t kMostInputs = 1 << 20;      // a panel of them, widened, is 64 MiB of working memory a thread
+    constexpr int64_t kMostInt8Inputs = 1 << 16;  // sums of products of two bytes stay within 32 bits
+    const int64_t most_inputs = format == Format::i8c ? kMostInt8Inputs : kMostInputs;
+    if (n < 1 || n > kMostChannels || k < 1 || k > most_inputs) {
+        throw std::invalid_argument("a weight's shape is " + std::to_string(n) + " x " + std::to_string(k) +
+                                    "; needed: 1 to " + std::to_string(kMostChannels) + " x 1 to " +
+                                    std::to_string(most_inputs));
+    }
+    if (interleaved && n % 2 != 0) throw std::invalid_argument("an interleaved weight needs an even number of rows");
+}
+
 Linear view_blob(const uint8_t* blob, size_t num_bytes) {
+    if (reinterpret_cast<uintptr_t>(blob) % alignof(float) != 0) {
+        throw std::invalid_argument("a packed weight must start at a multiple of four bytes; copy it to new memory");
+    }
     BlobHeader header;
     if (num_bytes < sizeof header) throw std::invalid_argument("packed weight is shorter than its header");
     std::memcpy(&header, blob, sizeof header);
     if (header.magic != kBlobMagic || header.version != kBlobVersion || header.format > 5) {
         throw std::invalid_argument("not a packed weight of this version");
     }
-    constexpr uint32_t kLargest = 1u << 30;
-    if (header.n == 0 || header.k == 0 || header.n > kLargest || header.k > kLargest || header.interleaved > 1) {
-        throw std::invalid_argument("packed weight has an impossible shape");
-    }
     const auto format = static_cast<Format>(header.format);
+    check_size(format, header.n, header.k, header.interleaved != 0);
     const BlobHeader expected =
         make_header(format, static_cast<int>(header.n), static_cast<int>(header.k), header.interleaved == 1);
     if (std::memcmp(&header, &expected, sizeof header) != 0 || num_bytes < expected.num_bytes) {

@@ -43,8 +43,9 @@ inline void pack_channels(float* rows, int k, int k_padded, const BlobPanel& out
             const f32x16 scaled = load(row + i) * inverse;
             const i32x16 value = __builtin_convertvector(scaled + (scaled < 0.f ? splat(-0.5f) : splat(0.5f)), i32x16);
             for (int j = 0; j < 16; ++j) {
-                target[(i + j) / 4 * 64 + (i + j) % 4] = static_cast<int8_t>(value[j]);
-                total += value[j];
+                const auto quantised = static_cast<int8_t>(value[j]);  // of a weight that is infinite, any value
+                target[(i + j) / 4 * 64 + (i + j) % 4] = quantised;
+                total += quantised;
             }
         }
         sums[lane] = total * 128;

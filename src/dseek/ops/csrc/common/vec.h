@@ -76,8 +76,9 @@ inline f32x16 exp2(f32x16 x) {
     result = result * fraction + 2.402265e-1f;
     result = result * fraction + 6.931472e-1f;
     result = result * fraction + 1.f;
-    const i32x16 exponent = (reinterpret_cast<i32x16>(shifted) - 0x4b400000) << 23;
-    const f32x16 scaled = reinterpret_cast<f32x16>(reinterpret_cast<i32x16>(result) + exponent);
+    // Unsigned, because with numbers that are not finite the sums wrap around.
+    const u32x16 exponent = (reinterpret_cast<u32x16>(shifted) - 0x4b400000u) << 23;
+    const f32x16 scaled = reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(result) + exponent);
     return x < -126.f ? f32x16{} : scaled;
 }
 

@@ -1,0 +1,314 @@
+"""Hostile calls of everything that the compiled module offers: each works or raises; memory is never left.
+
+Run as `python -m tests.sanitizer.calls SEED COUNT` by `test_sanitizer.py`. A call starts from arguments that are right,
+so that what is damaged comes past the first checks: shapes, dtypes, layouts, addresses, numbers in arrays, headers of
+packed weights. One decoder lives through many calls, whose weights, cache, threads and variant change in between.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from tests.sanitizer.decoders import FORMATS, Sizes, batch, build
+from tests.sanitizer.process import load
+
+NUMBERS = (-(2**63), -(2**31), -1, 0, 1, 2, 3, 15, 17, 64, 65_537, 2**26 + 1, 2**31 - 1, 2**31, 2**32 + 1, 2**63, 2**64)
+STRANGERS = (None, "", "bf16", "i8c", "nonsense\0", b"bytes", 1.5, float("nan"), (), [1], {}, object(), True)
+VALUES = (float("nan"), float("inf"), -float("inf"), 3e38, -1e-40, 0.0)
+SIZES = Sizes(hidden=32, head_dim=16, num_pages=30)
+MEASUREMENTS = ("read_bandwidth", "time_linear", "time_attention")
+
+Arguments = dict[str, Any]
+
+
+def damaged_array(array: np.ndarray, rng: np.random.Generator) -> Any:
+    """Change one thing of an array."""
+    kind = rng.integers(12)
+    if kind == 0:
+        return array.astype(rng.choice(["f8", "f4", "f2", "i8", "i4", "u2", "u1", "?", ">f4", "c8"]))
+    if kind == 1:
+        return array[: max(0, len(array) - int(rng.integers(1, 4)))]
+    if kind == 2:
+        return np.concatenate([array, array])
+    if kind == 3:
+        return np.asfortranarray(array.T) if array.ndim > 1 else array[::-1]
+    if kind == 4:
+        return np.repeat(array, 2, axis=-1)[..., ::2]
+    if kind == 5:
+        room = np.zeros(array.nbytes + 8, np.uint8)
+        shifted = room[int(rng.integers(1, 8)) :][: array.nbytes].view(array.dtype).reshape(array.shape)
+        shifted[...] = array
+        return shifted
+    if kind == 6:
+        return array.reshape(((1, -1), (-1, 1), (-1,), (1, 1, -1))[rng.integers(4)])
+    if kind == 7:
+        return np.zeros(rng.choice([0, 1, 3], array.ndim), array.dtype)
+    if kind == 8:
+        return array.tolist()
+    changed = array.copy()
+    if changed.size:
+        place = int(rng.integers(changed.size))
+        if changed.dtype.kind == "f":
+            changed.flat[place] = rng.choice(VALUES)
+        elif changed.dtype == np.uint8:
+            damage_header(changed, rng)
+        elif changed.dtype.kind in "iu":
+            bounds = np.iinfo(changed.dtype)
+            near = [int(changed.flat[place]) + step for step in (-1, 1)]
+            fitting = [number for number in (*NUMBERS, *near, *near) if bounds.min <= number <= bounds.max]
+            changed.flat[place] = int(rng.choice(fitting))
+    return changed
+
+
+def damage_header(blob: np.ndarray, rng: np.random.Generator) -> None:
+    """Change one number in the header of a packed weight, in place."""
+    header = blob.reshape(-1)[:64]
+    fields = header[: header.size // 4 * 4].view(np.uint32)
+    if not fields.size:
+        return
+    place = int(rng.integers(fields.size))
+    old = int(fields[place])
+    near = [old - 1, old + 1, old ^ 1, 2 * old, old // 2, old + 64, old - 64]
+    fields[place] = int(rng.choice([*near, *near, 0, 1, 2, 3, 5, 6, 255, 2**16, 2**26, 2**30, 2**32 - 1])) & 0xFFFFFFFF
+
+
+def damaged(value: Any, rng: np.random.Generator) -> Any:
+    """Change an argument: often a little, sometimes into something else altogether."""
+    if rng.random() < 0.1:
+        return STRANGERS[rng.integers(len(STRANGERS))]
+    if isinstance(value, np.ndarray):
+        return damaged_array(value, rng)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return NUMBERS[rng.integers(len(NUMBERS))] if rng.random() < 0.7 else value + int(rng.integers(-1, 2))
+    if isinstance(value, float):
+        return float(rng.choice(VALUES))
+    if isinstance(value, list) and value and isinstance(value[0], tuple):
+        changed = [list(part) for part in value]
+        part = changed[int(rng.integers(len(changed)))]
+        place = int(rng.integers(len(part)))
+        part[place] = damaged(part[place], rng)
+        return [tuple(part) for part in changed]
+    return STRANGERS[rng.integers(len(STRANGERS))]
+
+
+def is_endless(arguments: Arguments) -> bool:
+    """Tell whether a measurement would accept its arguments and take the machine for long."""
+    numbers = [arguments.get(key) for key in ("num_bytes", "repeats", "working_set_bytes")]
+    return any(isinstance(number, int) and 2**16 <= number < 2**33 for number in numbers)
+
+
+class Caller:
+    """Right arguments for every binding, and the decoder that they are for.
+
+    Args:
+        native: the compiled module.
+        rng: decides.
+    """
+
+    def __init__(self, native: ModuleType, rng: np.random.Generator) -> None:
+        self.native = native
+        self.rng = rng
+        self.decoder = build(native, SIZES)
+        self.worked: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()
+
+    def floats(self, *shape: int) -> np.ndarray:
+        """Draw float32 numbers."""
+        return self.rng.standard_normal(shape, dtype=np.float32)
+
+    def blob(self, rows: int, inputs: int, *, interleaved: bool = False) -> np.ndarray:
+        """Pack a weight in any format."""
+        packed: np.ndarray = self.native.pack(str(self.rng.choice(FORMATS)), self.floats(rows, inputs), interleaved)
+        return packed
+
+    def any_blob(self) -> np.ndarray:
+        """Pack a weight of odd sizes, inputs 33; half of them interleaved."""
+        return self.blob(int(self.rng.choice([2, 4, 18, 36])), 33, interleaved=bool(self.rng.integers(2)))
+
+    def arguments(self, name: str) -> Arguments:
+        """Make arguments that are right."""
+        rng, floats = self.rng, self.floats
+        query, kv = SIZES.heads * SIZES.head_dim, SIZES.kv_heads * SIZES.head_dim
+        makers: dict[str, Callable[[], Arguments]] = {
+            "set_variant": lambda: {"name": str(rng.choice(["auto", *self.native.variants()]))},
+            "set_num_threads": lambda: {"num_threads": int(rng.integers(1, 4))},
+            "packed_bytes": lambda: {"format": str(rng.choice(FORMATS)), "n": 34, "k": 17, "interleaved": True},
+            "pack": lambda: {"format": str(rng.choice(FORMATS)), "weight": floats(18, 33), "interleaved": True},
+            "pack_encoded": lambda: {
+                "format": str(rng.choice(FORMATS)),
+                "pieces": [
+                    ("Q4_1", 3, rng.integers(0, 256, 3 * 40, np.uint8)),
+                    ("Q4_0", 5, rng.integers(0, 256, 5 * 36, np.uint8)),
+                    ("F16", 2, rng.integers(0, 256, 2 * 128, np.uint8)),
+                ],
+                "k": 64,
+                "interleaved": True,
+            },
+            "unpack": lambda: {"blob": self.any_blob()},
+            "linear": lambda: {"x": floats(int(rng.integers(1, 40)), 33), "blob": self.any_blob()},
+            "rms_norm": lambda: {"x": floats(3, 33), "weight": floats(33), "epsilon": 1e-5},
+            "dense_attention": lambda: {
+                part: rng.integers(0, 2**16, (2, 70, 32), np.uint16) for part in ("q", "k", "v")
+            },
+            "read_bandwidth": lambda: {"num_bytes": 50_001, "repeats": 1},
+            "time_linear": lambda: {
+                "format": str(rng.choice(FORMATS)),
+                "m": 2,
+                "n": 17,
+                "k": 33,
+                "repeats": 1,
+                "cold": True,
+                "working_set_bytes": 50_000,
+            },
+            "time_attention": lambda: {
+                "num_query_rows": 3,
+                "context": 70,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "head_dim": 32,
+                "cache_dtype": str(rng.choice(["fp32", "bf16", "int8"])),
+                "repeats": 1,
+            },
+            "Decoder": lambda: {
+                "hidden_size": 32,
+                "intermediate_size": 35,
+                "num_layers": 2,
+                "num_heads": 4,
+                "num_kv_heads": 2,
+                "head_dim": 16,
+                "vocab_size": 67,
+                "epsilon": 1e-5,
+                "cache_type": "int8",
+            },
+            "Decoder.add_block": lambda: {
+                "qkv": self.blob(query + 2 * kv, SIZES.hidden),
+                "output": self.blob(SIZES.hidden, query),
+                "gate_up": self.blob(2 * SIZES.inner, SIZES.hidden, interleaved=True),
+                "down": self.blob(SIZES.hidden, SIZES.inner),
+                "input_norm": floats(SIZES.hidden),
+                "post_attention_norm": floats(SIZES.hidden),
+                "query_norm": floats(SIZES.head_dim),
+                "key_norm": None,
+                "qkv_bias": floats(query + 2 * kv),
+                "output_bias": floats(SIZES.hidden),
+                "gate_up_bias": floats(96),
+                "down_bias": None,
+                "window": int(rng.integers(0, 100)),
+            },
+            "Decoder.set_tables": lambda: {
+                "embedding": self.blob(SIZES.vocab, SIZES.hidden),
+                "head": self.blob(SIZES.vocab, SIZES.hidden),
+                "final_norm": floats(SIZES.hidden),
+            },
+            "Decoder.set_rotary": lambda: {
+                "cos": floats(int(rng.choice([100, 1200])), SIZES.head_dim // 2),
+                "sin": floats(1200, SIZES.head_dim // 2),
+            },
+            "Decoder.allocate_cache": lambda: {"num_pages": int(rng.integers(1, SIZES.num_pages + 1))},
+            "Decoder.forward": self.batch,
+            "Decoder.run_blocks": lambda: self.batch(hidden=True),
+        }
+        return makers[name]() if name in makers else {}
+
+    def batch(self, *, hidden: bool = False) -> Arguments:
+        """Make a batch of one to four sequences, sometimes of lone rows over long contexts."""
+        rng = self.rng
+        lone = rng.random() < 0.3
+        rows = [
+            (int(rng.choice([0, 63, 64, 200, 600])), 1 if lone else int(rng.choice([1, 2, 40])))
+            for _ in range(rng.integers(1, 3))
+        ]
+        arguments: Arguments = dict(batch(SIZES, rows, rng))
+        if hidden:
+            del arguments["token_ids"], arguments["logit_rows"]
+            arguments |= {"x": self.floats(len(arguments["positions"]), SIZES.hidden), "block_begin": 0, "block_end": 2}
+        return arguments
+
+    def call(self, name: str, *, harm: bool) -> None:
+        """Call a binding once.
+
+        Args:
+            name: of the binding; methods of the decoder as `Decoder.method`.
+            harm: whether to damage the arguments.
+        """
+        arguments = self.arguments(name)
+        if harm and arguments:
+            for _ in range(self.rng.choice([1, 1, 1, 2, 3])):
+                key = str(self.rng.choice(list(arguments)))
+                arguments[key] = damaged(arguments[key], self.rng)
+        if harm and name in MEASUREMENTS and is_endless(arguments):
+            return
+        owner, _, method = name.rpartition(".")
+        decoder = self.decoder
+        if name == "Decoder.add_block" and self.rng.random() < 0.5:
+            decoder = self.native.Decoder(**self.arguments("Decoder"))  # one that has no blocks yet
+        function = getattr(decoder if owner else self.native, method)
+        try:
+            function(**arguments)
+            self.worked[name] += 1
+        except Exception:
+            self.refused[name] += 1
+
+
+def repeat_findings(native: ModuleType) -> None:
+    """Make the calls that once read or wrote where they should not, in as few lines as each takes."""
+    # 1. A header that is right in itself, of an interleaved weight with an odd number of rows.
+    odd = native.pack("f32", np.ones((4, 3), np.float32), True).copy()
+    odd[:64].view(np.uint32)[3] = 3
+    # 2. Sizes whose cache takes more bytes a page than a number can say.
+    vast = {"hidden_size": 16, "intermediate_size": 16, "vocab_size": 1, "head_dim": 512, "epsilon": 1e-5}
+    vast |= dict.fromkeys(("num_layers", "num_heads", "num_kv_heads"), 2**24)
+    for call in (lambda: native.unpack(odd), lambda: native.Decoder(**vast)):
+        try:
+            call()
+        except ValueError:
+            continue
+        raise AssertionError("a call that must be refused was not")
+    # 3. A head whose rows take more room than those of the head before it.
+    sizes = Sizes(hidden=512, layers=1)
+    decoder = build(native, sizes)
+    rng = np.random.default_rng(0)
+    arguments = batch(sizes, [(0, 1)] * 30, rng) | {"logit_rows": np.arange(30, dtype=np.int32)}
+    for weight_format in ("i8c", "f32"):
+        table = native.pack(weight_format, rng.standard_normal((sizes.vocab, sizes.hidden), dtype=np.float32))
+        decoder.set_tables(embedding=table, head=table, final_norm=np.ones(sizes.hidden, np.float32))
+        assert np.isfinite(decoder.forward(**arguments)).all()
+
+
+def names_of(native: ModuleType) -> list[str]:
+    """List everything that can be called."""
+    functions = [name for name in dir(native) if not name.startswith("_") and callable(getattr(native, name))]
+    methods = [name for name in dir(native.Decoder) if not name.startswith("_")]
+    return functions + [f"Decoder.{name}" for name in methods if callable(getattr(native.Decoder, name))]
+
+
+def main(seed: int, count: int) -> None:
+    """Make `count` calls, one in ten of them right, and ask that every binding has both worked and refused."""
+    native = load()
+    np.seterr(all="ignore")  # casts that numpy warns of are wanted here
+    rng = np.random.default_rng(seed)
+    native.set_num_threads(2)
+    repeat_findings(native)
+    caller = Caller(native, rng)
+    names = names_of(native)
+    weights = np.array([4.0 if name.startswith("Decoder.") else 1.0 for name in names])
+    for number in range(count):
+        if number % 400 == 0:
+            caller.decoder = build(native, SIZES, seed=number)
+        caller.call(str(rng.choice(names, p=weights / weights.sum())), harm=rng.random() < 0.9)
+    for name in names:
+        print(name, caller.worked[name], caller.refused[name])
+        assert caller.worked[name] > 0, name
+        assert caller.refused[name] > 0 or not caller.arguments(name), name
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
