@@ -10,7 +10,7 @@
 #include <mutex>
 #include <optional>
 
-#include "bind.h"
+#include "bind_attention.h"
 #include "common/cpu.h"
 #include "decoder.h"
 #include "matmul.h"
@@ -20,14 +20,6 @@ using namespace nb::literals;
 
 namespace dseek {
 namespace {
-
-// A new array over memory of its own, 64-byte aligned; `shape` may be narrower than the memory's rows.
-template <class T>
-Output<T> own(Pages&& memory, std::vector<size_t> shape, std::vector<int64_t> strides) {
-    auto* pages = new Pages(std::move(memory));
-    nb::capsule owner(pages, [](void* pointer) noexcept { delete static_cast<Pages*>(pointer); });
-    return Output<T>(pages->as<T>(), shape.size(), shape.data(), owner, strides.data());
-}
 
 Linear view(const Blob& blob) { return view_blob(blob.data(), blob.size()); }
 
@@ -91,25 +83,6 @@ Output<float> unpack(const Blob& blob) {
     return own<float>(std::move(memory), {static_cast<size_t>(weight.n), static_cast<size_t>(weight.k)}, {weight.k, 1});
 }
 
-Output<uint16_t> attention(const Input<uint16_t, 3>& q, const Input<uint16_t, 3>& k, const Input<uint16_t, 3>& v) {
-    for (int axis = 0; axis < 3; ++axis) {
-        require(q.shape(axis) == k.shape(axis) && q.shape(axis) == v.shape(axis), "q, k and v must have one shape");
-    }
-    const int heads = static_cast<int>(q.shape(0)), tokens = static_cast<int>(q.shape(1)),
-              d = static_cast<int>(q.shape(2));
-    require(q.shape(0) <= kMostRows && q.shape(1) <= kMostRows && q.shape(2) <= 512 && heads >= 1 && tokens >= 1 &&
-                d % 16 == 0 && d >= 16,
-            "q, k and v must have heads, tokens, and a head width that is a multiple of 16 up to 512");
-    require_aligned(q, k, v);
-    Pages memory(q.size() * sizeof(uint16_t));
-    {
-        nb::gil_scoped_release release;
-        dense_attention(q.data(), k.data(), v.data(), heads, tokens, d, memory.as<uint16_t>());
-    }
-    return own<uint16_t>(std::move(memory), {q.shape(0), q.shape(1), q.shape(2)},
-                         {static_cast<int64_t>(q.shape(1)) * d, d, 1});
-}
-
 Output<float> norm(const Input<float, 2>& x, const Vector& weight, float epsilon) {
     require(weight.size() == x.shape(1) && weight.size() >= 1 && weight.size() <= INT_MAX,
             "the norm's weight has another width than its rows");
@@ -167,6 +140,12 @@ public:
         const std::lock_guard lock(mutex_);
         rotary_ = {cos, sin};
         decoder_.set_rotary(cos.data(), sin.data(), static_cast<int>(cos.shape(0)));
+    }
+
+    void set_pattern(int layer, const std::vector<int>& near_blocks, int top_blocks, bool far,
+                     const std::optional<Input<float, 2>>& level_bias) {
+        const std::lock_guard lock(mutex_);
+        decoder_.set_pattern(layer, pattern_of(near_blocks, top_blocks, far, level_bias));
     }
 
     void allocate_cache(int num_pages) {
@@ -270,6 +249,8 @@ void bind_decoder(nb::module_& module) {
              "down_bias"_a = nb::none(), "window"_a = 0)
         .def("set_tables", &OwningDecoder::set_tables, nb::kw_only(), "embedding"_a, "head"_a, "final_norm"_a)
         .def("set_rotary", &OwningDecoder::set_rotary, "cos"_a, "sin"_a)
+        .def("set_pattern", &OwningDecoder::set_pattern, "layer"_a, nb::kw_only(), "near_blocks"_a, "top_blocks"_a,
+             "far"_a = false, "level_bias"_a = nb::none())
         .def("allocate_cache", &OwningDecoder::allocate_cache, "num_pages"_a)
         .def("forward", &OwningDecoder::forward, "token_ids"_a, "positions"_a, "row_starts"_a, "page_tables"_a,
              "logit_rows"_a)
@@ -322,7 +303,7 @@ NB_MODULE(_native, module) {
     module.def("unpack", &unpack, "blob"_a);
     module.def("linear", &linear, "x"_a, "blob"_a);
     module.def("rms_norm", &norm, "x"_a, "weight"_a, "epsilon"_a);
-    module.def("dense_attention", &attention, "q"_a, "k"_a, "v"_a);
+    bind_attention(module);
     bind_measurements(module);
     bind_decoder(module);
 }

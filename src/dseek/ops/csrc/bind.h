@@ -6,8 +6,11 @@
 
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "common/kernels.h"
+#include "common/pages.h"
 
 namespace dseek {
 
@@ -38,6 +41,14 @@ inline CacheType cache_type_from_name(const std::string& name) {
     if (name == "bf16") return CacheType::bf16;
     if (name == "int8") return CacheType::int8;
     throw std::invalid_argument("unknown cache type '" + name + "'; needed: fp32, bf16 or int8");
+}
+
+// A new array over memory of its own, 64-byte aligned; `shape` may be narrower than the memory's rows.
+template <class T>
+Output<T> own(Pages&& memory, const std::vector<size_t>& shape, const std::vector<int64_t>& strides) {
+    auto* pages = new Pages(std::move(memory));
+    nanobind::capsule owner(pages, [](void* pointer) noexcept { delete static_cast<Pages*>(pointer); });
+    return Output<T>(pages->as<T>(), shape.size(), shape.data(), owner, strides.data());
 }
 
 // The timings of measure.h, with their arguments checked.

@@ -6,6 +6,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace dseek {
 namespace {
@@ -62,9 +63,34 @@ void Decoder::set_rotary(const float* cos, const float* sin, int num_positions) 
     num_positions_ = num_positions;
 }
 
+void Decoder::set_pattern(int layer, DynamicPattern pattern) {
+    if (num_pages_ > 0) refuse("a layer's pattern must be set before the cache is allocated");
+    if (layer < 0 || layer >= shape_.num_layers) refuse("there is no layer " + std::to_string(layer));
+    if (static_cast<int>(pattern.near_blocks.size()) != shape_.num_kv_heads) {
+        refuse("a pattern needs a window for each of the " + std::to_string(shape_.num_kv_heads) + " key-value heads");
+    }
+    for (const int blocks : pattern.near_blocks) {
+        if (blocks < 0 || blocks > 1 << 20) refuse("a window of " + std::to_string(blocks) + " blocks is out of range");
+    }
+    patterns_.resize(static_cast<size_t>(shape_.num_layers));
+    patterns_[layer] = std::move(pattern);
+}
+
 void Decoder::allocate_cache(int num_pages) {
     if (num_pages < 1) refuse("the cache needs at least one page");
     if (static_cast<size_t>(num_pages) > SIZE_MAX / layout_.page_bytes()) throw std::bad_alloc();
+    int top_blocks = 0;
+    for (const DynamicPattern& pattern : patterns_) top_blocks = std::max(top_blocks, pattern.top_blocks);
+    if (!patterns_.empty()) {
+        pyramid_ = Pyramid(layout_, num_pages, static_cast<int64_t>(num_pages) * kPageTokens, top_blocks);
+        const size_t biases = static_cast<size_t>(shape_.num_heads) * static_cast<size_t>(pyramid_.top() + 1);
+        for (const DynamicPattern& pattern : patterns_) {
+            if (!pattern.level_bias.empty() && pattern.level_bias.size() != biases) {
+                refuse("level_bias has " + std::to_string(pattern.level_bias.size()) +
+                       " values; needed: " + std::to_string(biases) + ", heads times levels");
+            }
+        }
+    }
     cache_ = Pages(layout_.page_bytes() * static_cast<size_t>(num_pages));
     num_pages_ = num_pages;
 }
@@ -130,7 +156,18 @@ void Decoder::plan(const Batch& batch) {
     constexpr int kLargestRowTask = 256;   // its activations then fit a private cache of 1 to 2 MiB
     constexpr int kPagesForSplit = 4;      // least pages of a part of a long context
     const int threads = team_->size();
-    single_rows_ = batch.num_rows == batch.num_sequences;
+    new_blocks_.clear();
+    if (!patterns_.empty()) {
+        for (int s = 0; s < batch.num_sequences; ++s) {
+            const int begin = batch.positions[batch.row_starts[s]];
+            const int end = begin + batch.row_starts[s + 1] - batch.row_starts[s];
+            for (int block = (begin + kPageTokens - 1) / kPageTokens; block * kPageTokens < end; ++block) {
+                new_blocks_.push_back({s, block});
+            }
+        }
+    }
+    // Where a query block begins, cells may have to be sealed between storing and attending: not inside one task.
+    single_rows_ = batch.num_rows == batch.num_sequences && new_blocks_.empty();
     by_rows_ = batch.num_rows >= kRowsForRowMode * threads;
     const int share = round_up((batch.num_rows + threads - 1) / threads, 16);
     const int parts = (share + kLargestRowTask - 1) / kLargestRowTask;
@@ -176,7 +213,10 @@ void Decoder::plan(const Batch& batch) {
     for (const AttentionTask& task : tasks_) {
         const int* first = std::lower_bound(batch.logit_rows, batch.logit_rows + batch.num_logit_rows, task.row_begin);
         const bool needed = first != batch.logit_rows + batch.num_logit_rows && *first < task.row_begin + task.num_rows;
-        if (needed) needed_tasks_.push_back(task);
+        // The selection of a query block that goes on in a later batch is made here and now.
+        const int begin = batch.positions[task.row_begin], end = begin + task.num_rows;
+        const bool goes_on = !patterns_.empty() && begin % kPageTokens == 0 && end % kPageTokens != 0;
+        if (needed || goes_on) needed_tasks_.push_back(task);
     }
     const size_t heads = static_cast<size_t>(shape_.num_heads / groups);
     const size_t partial_bytes = num_partials * heads * shape_.head_dim * 4;
@@ -221,28 +261,29 @@ void Decoder::reserve(int num_rows, int num_logit_rows, int num_threads) {
     if (task_rows > task_capacity_) {
         const size_t row_bytes = row_buffer_bytes(task_rows);
         for (Worker& worker : workers_) {
-            worker.prepared.memory = Pages(row_bytes);
+            worker.prepared.memory = Pages::huge(row_bytes);
             worker.normed = Pages(static_cast<size_t>(round_up(widest, 16)) * 4);
-            worker.hidden = Pages(static_cast<size_t>(task_rows) * hidden_stride_ * 4);
+            worker.hidden = Pages::huge(static_cast<size_t>(task_rows) * hidden_stride_ * 4);
+            if (!pyramid_.empty()) pyramid_.reserve(worker.selection, shape_.num_heads / shape_.num_kv_heads);
             worker.query = Pages(static_cast<size_t>(shape_.num_heads / shape_.num_kv_heads) * shape_.head_dim * 4);
         }
         task_capacity_ = task_rows;
     }
     const int shared_rows = by_rows_ ? num_logit_rows : num_rows;
     if (shared_rows > shared_capacity_) {
-        shared_rows_.memory = Pages(row_buffer_bytes(shared_rows));
+        shared_rows_.memory = Pages::huge(row_buffer_bytes(shared_rows));
         shared_capacity_ = shared_rows;
     }
     if (num_rows <= capacity_) return;
     const size_t rows = static_cast<size_t>(num_rows);
     const size_t query = static_cast<size_t>(shape_.num_heads) * shape_.head_dim;
     const size_t hidden = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
-    x_ = Pages(rows * hidden * 4);
+    x_ = Pages::huge(rows * hidden * 4);
     needed_x_ = Pages(rows * hidden * 4);
-    qkv_ = Pages(rows * qkv_stride_ * 4);
-    attended_ = Pages(rows * query * 4);
+    qkv_ = Pages::huge(rows * qkv_stride_ * 4);
+    attended_ = Pages::huge(rows * query * 4);
     needed_attended_ = Pages(rows * query * 4);
-    hidden_ = Pages(rows * hidden_stride_ * 4);
+    hidden_ = Pages::huge(rows * hidden_stride_ * 4);
     capacity_ = num_rows;
 }
 

@@ -10,6 +10,7 @@
 #include "common/kernels.h"
 #include "common/row_buffer.h"
 #include "common/thread_pool.h"
+#include "pyramid.h"
 
 namespace dseek {
 
@@ -72,6 +73,8 @@ public:
     void set_tables(const Linear& embedding, const Linear& head, const float* final_norm);
     // cos and sin: [num_positions][d / 2].
     void set_rotary(const float* cos, const float* sin, int num_positions);
+    // How a layer attends; dense if never called. Before `allocate_cache`, which makes room for what it needs.
+    void set_pattern(int layer, DynamicPattern pattern);
     void allocate_cache(int num_pages);
 
     // Writes logits [num_logit_rows][logit_stride()]. Throws std::invalid_argument for ids, positions or pages out of
@@ -96,6 +99,7 @@ private:
         Pages normed;  // float [block rows][widest]
         Pages hidden;  // float [block rows][F padded]
         Pages query;  // float [heads of a group][d]
+        SelectionRoom selection;
     };
 
     static constexpr int kRowsPreparedByAll = 4;  // up to here every thread prepares all rows, which saves a meeting
@@ -116,6 +120,10 @@ private:
     void mlp_rows(const BlockWeights& block, const float* attended, float* x, int begin, int end, Worker& worker);
     void finish_block_in_channels(const BlockWeights& block, const float* attended, float* x, int num_rows, bool merge,
                                   int thread_idx, int& stage);
+    // Brings the pyramid up to date for the query blocks that begin in this batch; all threads together.
+    void seal_blocks(const Batch& batch, int layer, int thread_idx, int& stage);
+    // Restricts a call to what the pattern selects.
+    void choose_blocks(const Batch& batch, int layer, const AttentionTask& task, Worker& worker, AttentionCall& call);
     void rotate_row(const Batch& batch, const BlockWeights& block, int row);
     void store_rows(const Batch& batch, int layer, int begin, int end);
     void attend(const Batch& batch, const BlockWeights& block, int layer, const AttentionTask& task, Worker& worker);
@@ -147,6 +155,8 @@ private:
     CacheLayout layout_;
     Pages cache_;
     int num_pages_ = 0;
+    std::vector<DynamicPattern> patterns_;  // [layers], or none
+    Pyramid pyramid_;
 
     ThreadPool* team_ = nullptr;
     const KernelTable* table_ = nullptr;
@@ -164,6 +174,10 @@ private:
     int rows_per_task_ = 0;
     bool single_rows_ = false;
     std::vector<AttentionTask> tasks_, needed_tasks_;
+    struct NewBlock {
+        int sequence, block;
+    };
+    std::vector<NewBlock> new_blocks_;  // query blocks whose first position is in the batch
     std::vector<int> row_splits_;  // [R], 0 where a row is not split
     std::vector<int> row_sequence_;  // [R]
     std::vector<size_t> split_start_;  // [R], first slot of a row's partial results

@@ -151,6 +151,7 @@ void Decoder::attend(const Batch& batch, const BlockWeights& block, int layer, c
         }
         call.query = query;
     }
+    if (!patterns_.empty() && patterns_[layer].active()) choose_blocks(batch, layer, task, worker, call);
     if (task.split >= 0) {
         const size_t slot =
             split_start_[task.row_begin] + static_cast<size_t>(task.split) * shape_.num_kv_heads + task.kv_head;
@@ -158,7 +159,7 @@ void Decoder::attend(const Batch& batch, const BlockWeights& block, int layer, c
         call.partial_max = partial_max_.as<float>() + slot * heads;
         call.partial_sum = partial_sum_.as<float>() + slot * heads;
         const bool sees_nothing = block.window > 0 && task.page_end * kPageTokens <= position - block.window + 1;
-        if (sees_nothing) {
+        if (sees_nothing || (call.blocks != nullptr && call.page_begin == call.page_end && call.far.count == 0)) {
             std::fill(call.partial_max, call.partial_max + heads, -1e30f);
             std::fill(call.partial_sum, call.partial_sum + heads, 0.f);
             std::memset(call.out, 0, static_cast<size_t>(heads) * d * 4);
@@ -166,6 +167,52 @@ void Decoder::attend(const Batch& batch, const BlockWeights& block, int layer, c
         }
     }
     table_->attention(call);
+}
+
+void Decoder::seal_blocks(const Batch& batch, int layer, int thread_idx, int& stage) {
+    if (new_blocks_.empty() || !patterns_[layer].active()) return;
+    const int groups = shape_.num_kv_heads;
+    for (int level = 0; level <= pyramid_.top(); ++level) {
+        // Upper levels have work for few blocks; whether there is any is the same for all threads.
+        const auto ends = [&](const NewBlock& fresh) {
+            return fresh.block > 0 && Pyramid::ends_cell(fresh.block - 1, level);
+        };
+        if (std::none_of(new_blocks_.begin(), new_blocks_.end(), ends)) continue;
+        share_out(static_cast<int>(new_blocks_.size()) * groups, thread_idx, stage, [&](int task) {
+            const NewBlock& fresh = new_blocks_[task / groups];
+            if (!ends(fresh)) return;
+            const int g = task % groups;
+            const int32_t* pages = batch.page_tables + static_cast<size_t>(fresh.sequence) * batch.pages_per_sequence;
+            pyramid_.seal({cache_.data() + layout_.offset(0, layer, g), pages, layer, g}, fresh.block - 1, level);
+        });
+        team_->barrier();
+    }
+}
+
+void Decoder::choose_blocks(const Batch& batch, int layer, const AttentionTask& task, Worker& worker,
+                            AttentionCall& call) {
+    const DynamicPattern& pattern = patterns_[layer];
+    const int position = batch.positions[task.row_begin], block = position / kPageTokens;
+    const int heads = call.num_heads, first_head = task.kv_head * heads;
+    const Budget budget = pattern.budget(task.kv_head);
+    SelectionRoom& room = worker.selection;
+    const HeadView head{call.cache, call.pages, layer, task.kv_head};
+    if (position % kPageTokens == 0) pyramid_.select(head, block, budget, call.query, heads, room);
+    else pyramid_.recall(head, block, budget, room);
+    call.blocks = room.selection.blocks.data();
+    call.num_blocks = static_cast<int>(room.selection.blocks.size());
+    if (task.split >= 0) {
+        const int splits = row_splits_[task.row_begin];
+        call.page_begin = call.num_blocks * task.split / splits;
+        call.page_end = call.num_blocks * (task.split + 1) / splits;
+    }
+    // The newest part brings the far cells.
+    if (pattern.far && task.holds_newest) {
+        const float* bias = pattern.level_bias.empty()
+                                ? nullptr
+                                : pattern.level_bias.data() + static_cast<size_t>(first_head) * (pyramid_.top() + 1);
+        call.far = pyramid_.gather_far(head, heads, bias, call.scale, room);
+    }
 }
 
 // Joins the parts of a row's context by their maxima and sums (Dao et al. 2023, Flash-Decoding).
@@ -216,6 +263,7 @@ void Decoder::run_in_rows(const Batch& batch, int thread_idx, int block_begin, i
         const BlockWeights& block = blocks_[layer];
         const bool needed_only = last_needed_only && layer + 1 == block_end;
         team_->barrier();
+        if (!patterns_.empty()) seal_blocks(batch, layer, thread_idx, stage);
         const auto& tasks = needed_only ? needed_tasks_ : tasks_;
         share_out(static_cast<int>(tasks.size()), thread_idx, stage,
                   [&](int task) { attend(batch, block, layer, tasks[task], worker); });
@@ -321,6 +369,7 @@ void Decoder::run_in_channels(const Batch& batch, int thread_idx, int block_begi
                 store_rows(batch, layer, row, row + 1);
             });
             team_->barrier();
+            if (!patterns_.empty()) seal_blocks(batch, layer, thread_idx, stage);
         }
         // Lone rows store their keys inside the attention task, so all tasks are needed even in the last layer.
         const auto& tasks = needed_only && !single_rows_ ? needed_tasks_ : tasks_;

@@ -2,6 +2,7 @@
 #define DSEEK_VARIANT amx
 #include "../avx512/cache.h"
 #include "../avx512/rows.h"
+#include "../common/cells_portable.h"
 #include "../common/pack.h"
 #include "attention.h"
 #include "linear.h"
@@ -19,6 +20,8 @@ const KernelTable& amx_kernels() {
         .linear = linear_amx,
         .store_tokens = store_tokens_512,
         .attention = attention_amx,
+        .page_means = page_means,
+        .score_cells = score_cells,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,

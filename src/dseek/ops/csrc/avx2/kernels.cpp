@@ -1,6 +1,7 @@
 // AVX2 with FMA and F16C: the portable source compiled for 32-byte registers, with a byte dot product of its own.
 #define DSEEK_VARIANT avx2
 #include "../common/attention_portable.h"
+#include "../common/cells_portable.h"
 #include "../common/linear_portable.h"
 #include "../common/pack.h"
 #include "../common/rows.h"
@@ -18,6 +19,8 @@ const KernelTable& avx2_kernels() {
         .linear = linear_portable,
         .store_tokens = store_tokens,
         .attention = attention_portable,
+        .page_means = page_means,
+        .score_cells = score_cells,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,

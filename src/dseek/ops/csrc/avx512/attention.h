@@ -31,6 +31,17 @@ inline void hide_keys(float* scores, int first_key, int first_position, int wind
     }
 }
 
+// Adds to each key's scores what its cell brings along.
+inline void add_bias(float* scores, const float* bias) {
+    for (int v = 0; v < 4; ++v) {
+        const __m512 added = _mm512_loadu_ps(bias + v * 16);
+        for (int r = 0; r < kStrip; ++r) {
+            float* part = scores + r * kPageTokens + v * 16;
+            _mm512_storeu_ps(part, _mm512_add_ps(_mm512_loadu_ps(part), added));
+        }
+    }
+}
+
 // What a call keeps for all its strips: queries, sums and bases of every head and strip, in the thread's scratch.
 class StripStates {
 public:
@@ -127,19 +138,33 @@ void attention_strips(const AttentionCall& call) {
     const float factor = call.scale * kLog2E;
     const Products products(d);
     [[maybe_unused]] const typename Products::Session session{};
-    const VisibleRange range(call);
-    for (int page_idx = range.first_page; page_idx < range.end_page; ++page_idx) {
-        const WidePage page(layout, call.cache + static_cast<size_t>(call.pages[page_idx]) * layout.page_bytes(), wide);
-        const int first_key = page_idx * kPageTokens;
+    const auto attend = [&](const Strip& strip, const WidePage& page, const auto& adjust) {
+        products.score(strip, page.keys, scores);
+        adjust();
+        soften(strip, page, scores, weights, d, factor);
+        products.add_output(strip, weights, page.values);
+    };
+    const VisibleBlocks visible(call);
+    for (int entry = visible.first(); entry < visible.end(); ++entry) {
+        const WidePage page(layout, visible.page(entry), wide);
+        const int first_key = visible.block(entry) * kPageTokens;
         for (int head = 0; head < call.num_heads; ++head) {
             for (int s = 0; s < states.strips(); ++s) {
                 const StripView view(call, s, first_key);
                 if (!view.visible) continue;
-                const Strip strip = states.strip(head, s);
-                products.score(strip, page.keys, scores);
-                if (view.masked) hide_keys(scores, first_key, call.first_position + s * kStrip, call.window);
-                soften(strip, page, scores, weights, d, factor);
-                products.add_output(strip, weights, page.values);
+                attend(states.strip(head, s), page, [&] {
+                    if (view.masked) hide_keys(scores, first_key, call.first_position + s * kStrip, call.window);
+                });
+            }
+        }
+    }
+    const int far_pages = call.far.num_pages();
+    for (int far_page = 0; far_page < far_pages; ++far_page) {
+        const WidePage page(*call.far.layout, call.far.pages + far_page * call.far.layout->head_bytes, wide);
+        for (int head = 0; head < call.num_heads; ++head) {
+            const float* bias = call.far.bias + (static_cast<size_t>(head) * far_pages + far_page) * kPageTokens;
+            for (int s = 0; s < states.strips(); ++s) {
+                attend(states.strip(head, s), page, [&] { add_bias(scores, bias); });
             }
         }
     }

@@ -33,21 +33,16 @@ void decode_heads(const AttentionCall& call, int head_begin) {
         largest[h] = kNegativeInfinity;
         sums[h] = _mm512_setzero_ps();
     }
-    const VisibleRange range(call);
-    const int newest = call.first_position;
-    const int oldest = call.window > 0 ? newest - call.window + 1 : 0;
-    for (int page_idx = range.first_page; page_idx < range.end_page; ++page_idx) {
-        const WidePage page(layout, call.cache + static_cast<size_t>(call.pages[page_idx]) * layout.page_bytes(), wide);
-        const int first_key = page_idx * kPageTokens;
+    // Takes in a page: `adjust` changes its scores [kHeads][4] before they count, the first `num_keys` slots may count,
+    // and `following` is what will be read next. That page lies elsewhere in memory, where the hardware's prefetch does
+    // not look, so it is asked for meanwhile.
+    const auto take = [&](const WidePage& page, const uint8_t* following, size_t following_bytes, int num_keys,
+                          const auto& adjust) {
         __m512 scores[kHeads][4];
         for (int h = 0; h < kHeads; ++h) {
             for (int v = 0; v < 4; ++v) scores[h][v] = _mm512_setzero_ps();
         }
-        // The next page lies elsewhere in memory, where the hardware's prefetch does not look: ask for it meanwhile.
-        const uint8_t* following =
-            call.cache +
-            static_cast<size_t>(call.pages[std::min(page_idx + 1, range.end_page - 1)]) * layout.page_bytes();
-        const size_t share = layout.head_bytes / static_cast<size_t>(d / 2);
+        const size_t share = following_bytes / static_cast<size_t>(d / 2);
         for (int i = 0; i < d / 2; ++i) {
             for (size_t byte = i * share / 64 * 64; byte < (i + 1) * share; byte += 64) ask_for(following + byte);
             __m512bh keys[4];
@@ -65,17 +60,7 @@ void decode_heads(const AttentionCall& call, int head_begin) {
                 for (int h = 0; h < kHeads; ++h) scores[h][v] = _mm512_mul_ps(scores[h][v], scale);
             }
         }
-        if (newest < first_key + kPageTokens - 1 || oldest > first_key) {
-            const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-            for (int v = 0; v < 4; ++v) {
-                const __m512i position = _mm512_add_epi32(lane, _mm512_set1_epi32(first_key + v * 16));
-                const __mmask16 visible = _mm512_cmple_epi32_mask(position, _mm512_set1_epi32(newest)) &
-                                          _mm512_cmpge_epi32_mask(position, _mm512_set1_epi32(oldest));
-                for (int h = 0; h < kHeads; ++h) {
-                    scores[h][v] = _mm512_mask_blend_ps(visible, _mm512_set1_ps(kMasked), scores[h][v]);
-                }
-            }
-        }
+        adjust(scores);
         alignas(64) uint16_t weights[kHeads][kPageTokens];
         for (int h = 0; h < kHeads; ++h) {
             const float peak = call.scale * kLog2E *
@@ -101,7 +86,7 @@ void decode_heads(const AttentionCall& call, int head_begin) {
             _mm512_store_si512(weights[h] + 32,
                                reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scores[h][3], scores[h][2])));
         }
-        const int pairs = std::min(kPageTokens, newest - first_key + 1 + 1) / 2;  // later slots have weight 0
+        const int pairs = (num_keys + 1) / 2;  // later slots have weight 0
         int channel = 0;
         for (; channel + 64 <= d; channel += 64) {
             Multiply512::tile<kHeads, 4>(weights[0], kPageTokens, page.values + channel * 2, static_cast<size_t>(d) * 2,
@@ -111,6 +96,40 @@ void decode_heads(const AttentionCall& call, int head_begin) {
             Multiply512::tile<kHeads, 1>(weights[0], kPageTokens, page.values + channel * 2, static_cast<size_t>(d) * 2,
                                          pairs, out + channel, d, true);
         }
+    };
+    const VisibleBlocks visible(call);
+    const int newest = call.first_position;
+    const int oldest = call.window > 0 ? newest - call.window + 1 : 0;
+    for (int entry = visible.first(); entry < visible.end(); ++entry) {
+        const WidePage page(layout, visible.page(entry), wide);
+        const int first_key = visible.block(entry) * kPageTokens;
+        take(page, visible.page(std::min(entry + 1, visible.end() - 1)), layout.head_bytes,
+             std::min(kPageTokens, newest - first_key + 1), [&](__m512(&scores)[kHeads][4]) {
+                 if (newest >= first_key + kPageTokens - 1 && oldest <= first_key) return;
+                 const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+                 for (int v = 0; v < 4; ++v) {
+                     const __m512i position = _mm512_add_epi32(lane, _mm512_set1_epi32(first_key + v * 16));
+                     const __mmask16 shown = _mm512_cmple_epi32_mask(position, _mm512_set1_epi32(newest)) &
+                                             _mm512_cmpge_epi32_mask(position, _mm512_set1_epi32(oldest));
+                     for (int h = 0; h < kHeads; ++h) {
+                         scores[h][v] = _mm512_mask_blend_ps(shown, _mm512_set1_ps(kMasked), scores[h][v]);
+                     }
+                 }
+             });
+    }
+    const int far_pages = call.far.num_pages();
+    for (int far_page = 0; far_page < far_pages; ++far_page) {
+        const uint8_t* data = call.far.pages + far_page * call.far.layout->head_bytes;
+        const int begin = far_page * kPageTokens;
+        take(WidePage(*call.far.layout, data, wide), data, 0, std::min(kPageTokens, call.far.count - begin),
+             [&](__m512(&scores)[kHeads][4]) {
+                 for (int h = 0; h < kHeads; ++h) {
+                     const float* bias = call.far.bias + (head_begin + h) * far_pages * kPageTokens + begin;
+                     for (int v = 0; v < 4; ++v) {
+                         scores[h][v] = _mm512_add_ps(scores[h][v], _mm512_loadu_ps(bias + v * 16));
+                     }
+                 }
+             });
     }
     for (int h = 0; h < kHeads; ++h) {
         const float total = _mm512_reduce_add_ps(sums[h]);

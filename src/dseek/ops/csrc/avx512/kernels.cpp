@@ -1,5 +1,6 @@
 // AVX-512 with VNNI and BF16 (Zen 4 and later, Cooper Lake, Sapphire Rapids and later).
 #define DSEEK_VARIANT avx512
+#include "../common/cells_portable.h"
 #include "../common/pack.h"
 #include "attention.h"
 #include "cache.h"
@@ -19,6 +20,8 @@ const KernelTable& avx512_kernels() {
         .linear = linear_avx512,
         .store_tokens = store_tokens_512,
         .attention = attention_avx512,
+        .page_means = page_means,
+        .score_cells = score_cells,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,

@@ -84,6 +84,16 @@ struct CacheLayout {
     }
 };
 
+// Summaries of runs of tokens, attended to like keys: a slot of a page for each. Never int8.
+struct FarCells {
+    const CacheLayout* layout = nullptr;
+    const uint8_t* pages = nullptr;  // [ceil(count / 64)][layout->head_bytes]
+    int count = 0;
+    const float* bias = nullptr;  // [heads][ceil(count / 64) * 64], added to q . k before `scale`; unused slots: -1e30
+
+    int num_pages() const { return (count + kPageTokens - 1) / kPageTokens; }
+};
+
 // Attention of `num_rows` newest queries at consecutive positions, for all query heads of one key-value head.
 struct AttentionCall {
     const CacheLayout* layout = nullptr;
@@ -97,6 +107,11 @@ struct AttentionCall {
     int first_position = 0;  // position of row 0
     int num_rows = 0;
     int window = 0;  // newest positions a query sees, 0 = all
+    // Blocks to attend to, indices into `pages`, ascending; null: all that are visible. Then page_begin and page_end
+    // count entries of this list.
+    const int32_t* blocks = nullptr;
+    int num_blocks = 0;
+    FarCells far;
     float scale = 0.f;  // 1 / sqrt(d)
     // Decode split over pages: attend to [page_begin, page_end) only and leave the sums unnormalised.
     int page_begin = 0, page_end = -1;
@@ -115,6 +130,11 @@ struct KernelTable {
     void (*store_tokens)(const CacheLayout& layout, uint8_t* page, int slot, int count, const float* key,
                          const float* value, size_t stride);
     void (*attention)(const AttentionCall& call);
+    // Means over all tokens of one head's page, [head_dim] each.
+    void (*page_means)(const CacheLayout& layout, const uint8_t* page, float* key, float* value);
+    // scores[i] = max over heads of query[head] . means[i]; query heads lie one after the other.
+    void (*score_cells)(const float* query, int heads, int head_dim, const float* const* means, int count,
+                        float* scores);
     double (*read_bytes)(const uint8_t* data, size_t num_bytes);
     void (*pack_panel)(uint8_t* blob, int panel, float* rows);
     void (*unpack_channel)(const Linear& weight, int channel, float* out);

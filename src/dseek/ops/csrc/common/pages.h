@@ -11,8 +11,8 @@ class Pages {
 public:
     Pages() = default;
     explicit Pages(size_t num_bytes);
-    // The same on whole huge pages where that is worth it: for buffers that are read across their rows, whose small pages
-    // would be too many for the processor's address tables. Takes up to 2 MiB more.
+    // The same on whole huge pages where that is worth it: for buffers that are read across their rows, whose small
+    // pages would be too many for the processor's address tables. Takes up to 2 MiB more.
     static Pages huge(size_t num_bytes);
     ~Pages();
     Pages(Pages&& other) noexcept;

@@ -1,6 +1,7 @@
 // Portable C++: runs anywhere, and the yardstick that the other variants are tested against.
 #define DSEEK_VARIANT generic
 #include "../common/attention_portable.h"
+#include "../common/cells_portable.h"
 #include "../common/linear_portable.h"
 #include "../common/pack.h"
 #include "../common/rows.h"
@@ -18,6 +19,8 @@ const KernelTable& generic_kernels() {
         .linear = linear_portable,
         .store_tokens = store_tokens,
         .attention = attention_portable,
+        .page_means = page_means,
+        .score_cells = score_cells,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,

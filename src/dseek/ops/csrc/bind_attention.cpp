@@ -1,0 +1,115 @@
+#include "bind_attention.h"
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "sequence_attention.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace dseek {
+namespace {
+
+template <class Value>
+SequenceShape shape_of(const Input<Value, 3>& q, const Input<Value, 3>& k, const Input<Value, 3>& v) {
+    for (int axis = 0; axis < 3; ++axis) {
+        require(k.shape(axis) == v.shape(axis), "k and v must have one shape");
+        require(q.shape(axis) >= 1 && q.shape(axis) <= kMostRows,
+                "q, k and v must have heads, tokens and a head width");
+    }
+    require(k.shape(0) >= 1 && q.shape(0) % k.shape(0) == 0, "query heads must be a multiple of key-value heads");
+    require(q.shape(1) == k.shape(1) && q.shape(2) == k.shape(2), "q and k must have the same tokens and head width");
+    require(q.shape(2) % 16 == 0 && q.shape(2) <= 512, "head width must be a multiple of 16 up to 512");
+    require_aligned(q, k, v);
+    return {static_cast<int>(q.shape(0)), static_cast<int>(k.shape(0)), static_cast<int>(q.shape(1)),
+            static_cast<int>(q.shape(2))};
+}
+
+template <class Value>
+Output<Value> attend(const Input<Value, 3>& q, const Input<Value, 3>& k, const Input<Value, 3>& v,
+                     const DynamicPattern& pattern, std::vector<Selection>* selections, AttentionTimes* times) {
+    const SequenceShape shape = shape_of(q, k, v);
+    Pages memory(q.size() * sizeof(Value));
+    {
+        nb::gil_scoped_release release;
+        sequence_attention(shape, q.data(), k.data(), v.data(), pattern, memory.as<Value>(), selections, times);
+    }
+    const int64_t d = shape.head_dim;
+    return own<Value>(std::move(memory), {q.shape(0), q.shape(1), q.shape(2)}, {shape.num_tokens * d, d, 1});
+}
+
+// Selections as Python lists: [kv head][query block] of (exact blocks, [(level, index) of far cells]).
+nb::list to_lists(const std::vector<Selection>& selections, size_t groups) {
+    nb::list all;
+    const size_t blocks = groups == 0 ? 0 : selections.size() / groups;
+    for (size_t g = 0; g < groups; ++g) {
+        nb::list head;
+        for (size_t block = 0; block < blocks; ++block) {
+            const Selection& selection = selections[g * blocks + block];
+            nb::list exact, far;
+            for (const int32_t index : selection.blocks) exact.append(index);
+            for (const Cell& cell : selection.far) far.append(nb::make_tuple(cell.level, cell.index));
+            head.append(nb::make_tuple(exact, far));
+        }
+        all.append(head);
+    }
+    return all;
+}
+
+template <class Value>
+nb::object attend_dynamically(const Input<Value, 3>& q, const Input<Value, 3>& k, const Input<Value, 3>& v,
+                              const std::vector<int>& near_blocks, int top_blocks, bool far,
+                              const std::optional<Input<float, 2>>& level_bias, bool trace) {
+    const SequenceShape shape = shape_of(q, k, v);
+    const DynamicPattern pattern = pattern_of(near_blocks, top_blocks, far, level_bias);
+    require(static_cast<int>(near_blocks.size()) == shape.num_kv_heads,
+            "near_blocks needs a window for each key-value head");
+    const auto levels = static_cast<size_t>(top_level(shape.num_tokens) + 1);
+    require(!level_bias || (level_bias->shape(0) == q.shape(0) && level_bias->shape(1) == levels),
+            "level_bias must be [heads, " + std::to_string(levels) + "]");
+    std::vector<Selection> selections;
+    AttentionTimes times;
+    auto out = attend(q, k, v, pattern, trace ? &selections : nullptr, &times);
+    if (!trace) return nb::cast(out);
+    nb::dict parts;
+    parts["pyramid_s"] = times.pyramid_s;
+    parts["selection_s"] = times.selection_s;
+    parts["attention_s"] = times.attention_s;
+    return nb::make_tuple(out, to_lists(selections, static_cast<size_t>(shape.num_kv_heads)), parts);
+}
+
+template <class Value>
+void bind_for(nb::module_& module) {
+    module.def(
+        "dense_attention",
+        [](const Input<Value, 3>& q, const Input<Value, 3>& k, const Input<Value, 3>& v) {
+            return attend(q, k, v, {}, nullptr, nullptr);
+        },
+        "q"_a, "k"_a, "v"_a);
+    module.def("dynamic_attention", &attend_dynamically<Value>, "q"_a, "k"_a, "v"_a, nb::kw_only(), "near_blocks"_a,
+               "top_blocks"_a, "far"_a = false, "level_bias"_a = nb::none(), "trace"_a = false);
+}
+
+}  // namespace
+
+DynamicPattern pattern_of(const std::vector<int>& near_blocks, int top_blocks, bool far,
+                          const std::optional<Input<float, 2>>& level_bias) {
+    constexpr int kMostBlocks = 1 << 20;
+    require(top_blocks >= 0 && top_blocks <= kMostBlocks, "top_blocks is out of range");
+    for (const int blocks : near_blocks) require(blocks >= 0 && blocks <= kMostBlocks, "a window is out of range");
+    DynamicPattern pattern{near_blocks, top_blocks, far, {}};
+    if (level_bias) {
+        require_aligned(*level_bias);
+        pattern.level_bias.assign(level_bias->data(), level_bias->data() + level_bias->size());
+    }
+    return pattern;
+}
+
+void bind_attention(nb::module_& module) {
+    bind_for<float>(module);
+    bind_for<uint16_t>(module);
+}
+
+}  // namespace dseek

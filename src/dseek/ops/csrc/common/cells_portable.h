@@ -1,0 +1,85 @@
+// What the pyramid of cells needs from vectors: means of pages, and scores of means.
+#pragma once
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace dseek {
+namespace DSEEK_VARIANT {
+
+// The two bf16 or int8 elements of sixteen neighbouring pairs, as floats.
+inline void load_pairs(const CacheLayout& layout, const uint8_t* data, size_t pair, f32x16& even, f32x16& odd) {
+    if (layout.type == CacheType::bf16) {
+        load_bf16_pairs(reinterpret_cast<const uint16_t*>(data) + 2 * pair, even, odd);
+        return;
+    }
+    const auto* bytes = reinterpret_cast<const int8_t*>(data) + 2 * pair;
+    for (int lane = 0; lane < 16; ++lane) {
+        even[lane] = static_cast<float>(bytes[2 * lane]);
+        odd[lane] = static_cast<float>(bytes[2 * lane + 1]);
+    }
+}
+
+inline void page_means(const CacheLayout& layout, const uint8_t* page, float* key, float* value) {
+    constexpr float kShare = 1.f / kPageTokens;
+    const int d = layout.head_dim;
+    const uint8_t* values = page + layout.value_offset;
+    if (layout.type == CacheType::fp32) {
+        const auto* keys32 = reinterpret_cast<const float*>(page);
+        const auto* values32 = reinterpret_cast<const float*>(values);
+        for (int i = 0; i < d; ++i) {
+            f32x16 total{};
+            for (int slot = 0; slot < kPageTokens; slot += 16) total += load(keys32 + i * kPageTokens + slot);
+            key[i] = sum(total) * kShare;
+        }
+        for (int i = 0; i < d; i += 16) {
+            f32x16 total{};
+            for (int slot = 0; slot < kPageTokens; ++slot) total += load(values32 + slot * d + i);
+            store(value + i, total * kShare);
+        }
+        return;
+    }
+    const auto* scales = reinterpret_cast<const float*>(page + layout.scale_offset);
+    const bool scaled = layout.type == CacheType::int8;
+    f32x16 even, odd;
+    for (int i = 0; i < d; i += 2) {
+        f32x16 first{}, second{};
+        for (int slot = 0; slot < kPageTokens; slot += 16) {
+            load_pairs(layout, page, static_cast<size_t>(i / 2) * kPageTokens + slot, even, odd);
+            const f32x16 scale = scaled ? load(scales + slot) : splat(1.f);
+            first += even * scale;
+            second += odd * scale;
+        }
+        key[i] = sum(first) * kShare;
+        key[i + 1] = sum(second) * kShare;
+    }
+    for (int i = 0; i < d; i += 16) {
+        f32x16 total{};
+        for (int pair = 0; pair < kPageTokens / 2; ++pair) {
+            load_pairs(layout, values, static_cast<size_t>(pair) * d + i, even, odd);
+            if (scaled) {
+                even *= scales[kPageTokens + 2 * pair];
+                odd *= scales[kPageTokens + 2 * pair + 1];
+            }
+            total += even + odd;
+        }
+        store(value + i, total * kShare);
+    }
+}
+
+inline void score_cells(const float* query, int heads, int head_dim, const float* const* means, int count,
+                        float* scores) {
+    for (int i = 0; i < count; ++i) {
+        float best = 0.f;
+        for (int head = 0; head < heads; ++head) {
+            f32x16 total{};
+            for (int j = 0; j < head_dim; j += 16) total += load(query + head * head_dim + j) * load(means[i] + j);
+            const float score = sum(total);
+            best = head == 0 || score > best ? score : best;
+        }
+        scores[i] = best;
+    }
+}
+
+}  // namespace DSEEK_VARIANT
+}  // namespace dseek

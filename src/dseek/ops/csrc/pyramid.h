@@ -1,0 +1,84 @@
+// The pyramid of one paged cache: means of cells, and what every query block has opened.
+//
+// All of it hangs on pages, beside the keys and values, so that a sequence's pages are all there is to know about it: a
+// cell's means lie with the page of its last block, a query block's openings with its own page. Sharing a prefix shares
+// both, and dropping the newest tokens drops both.
+#pragma once
+
+#include <vector>
+
+#include "common/cells.h"
+#include "common/kernels.h"
+#include "common/pages.h"
+
+namespace dseek {
+
+// How the heads of a layer attend.
+struct DynamicPattern {
+    std::vector<int> near_blocks;  // [kv heads], window in blocks
+    int top_blocks = 0;  // opened at every level; 0 leaves the window and the first block
+    bool far = false;
+    std::vector<float> level_bias;  // [heads][levels], natural logarithm; empty: zeros
+
+    bool active() const { return !near_blocks.empty(); }
+    Budget budget(int kv_head) const { return {near_blocks[kv_head], top_blocks, far}; }
+};
+
+// One key-value head of a sequence in a layer.
+struct HeadView {
+    const uint8_t* cache = nullptr;  // moved to the layer and head
+    const int32_t* pages = nullptr;  // of the sequence
+    int layer = 0, kv_head = 0;
+};
+
+// Working memory of one thread: a selection with its far cells gathered into pages.
+struct SelectionRoom {
+    Selection selection;
+    DescentRoom descent;
+    std::vector<const float*> means;
+    std::vector<float> scores;
+    std::vector<int32_t> order;
+    std::vector<float> rows;  // [64][2][d], means of a page of far cells
+    Pages far_pages;
+    std::vector<float> far_bias;
+};
+
+class Pyramid {
+public:
+    Pyramid() = default;
+    // Throws std::invalid_argument for more openings than a record may hold.
+    Pyramid(const CacheLayout& layout, int num_pages, int64_t num_tokens, int top_blocks);
+
+    bool empty() const { return num_pages_ == 0; }
+    int top() const { return top_; }
+    size_t bytes() const { return memory_.size(); }
+    // Makes room for every selection, so that none has to allocate.
+    void reserve(SelectionRoom& room, int num_heads) const;
+
+    // Whether `block` is the last of a cell of this level.
+    static bool ends_cell(int block, int level) { return (block + 1) % cell_blocks(level) == 0; }
+    // Computes the means of the cell of `level` that ends with `block`; those of the level below must be there.
+    void seal(const HeadView& head, int block, int level);
+    // Scores cells by the queries of the block's first position ([num_heads][d], rotated, one after the other), opens
+    // the best of each level and keeps their indices with the block's page. A cell's score is the largest q . mean key
+    // of the group's heads; its tokens do not matter among cells of one level.
+    void select(const HeadView& head, int query_block, const Budget& budget, const float* query, int num_heads,
+                SelectionRoom& room);
+    // The same selection again, from what was kept.
+    void recall(const HeadView& head, int query_block, const Budget& budget, SelectionRoom& room) const;
+    // Lays the far cells of the selection out as pages. `level_bias` is [num_heads][levels], or null.
+    FarCells gather_far(const HeadView& head, int num_heads, const float* level_bias, float scale,
+                        SelectionRoom& room) const;
+
+private:
+    uint8_t* record(const HeadView& head, int block) const;
+    float* means(const HeadView& head, const Cell& cell) const;
+    int32_t* openings(const HeadView& head, int block, int level) const;  // count, then indices
+
+    CacheLayout layout_, far_layout_;
+    int num_pages_ = 0, top_ = 0, top_blocks_ = 0, most_far_ = 0;
+    size_t means_bytes_ = 0, openings_bytes_ = 0;
+    Pages memory_;
+};
+
+}  // namespace dseek

@@ -1,0 +1,156 @@
+#include "sequence_attention.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <type_traits>
+
+#include "common/numbers.h"
+#include "common/thread_pool.h"
+
+namespace dseek {
+namespace {
+
+float to_float(float value) { return value; }
+float to_float(uint16_t value) { return bf16_to_float(value); }
+void from_float(float value, float& out) { out = value; }
+void from_float(float value, uint16_t& out) { out = float_to_bf16(value); }
+
+double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// What one thread works with.
+struct Room {
+    std::vector<float> rows;  // two blocks of rows of all heads of a group
+    SelectionRoom selection;
+    AttentionTimes times;
+};
+
+}  // namespace
+
+template <class Value>
+void sequence_attention(const SequenceShape& shape, const Value* q, const Value* k, const Value* v,
+                        const DynamicPattern& pattern, Value* out, std::vector<Selection>* selections,
+                        AttentionTimes* times) {
+    constexpr CacheType kType = std::is_same_v<Value, float> ? CacheType::fp32 : CacheType::bf16;
+    ThreadPool& team = thread_pool();
+    const KernelTable& table = kernels();
+    const int d = shape.head_dim, groups = shape.num_kv_heads, heads = shape.num_heads / groups;
+    const int blocks = (shape.num_tokens + kPageTokens - 1) / kPageTokens;
+    const CacheLayout layout(kType, d, 1, groups);
+    const Pages cache(layout.page_bytes() * static_cast<size_t>(blocks));
+    Pyramid pyramid;
+    if (pattern.active()) pyramid = Pyramid(layout, blocks, shape.num_tokens, pattern.top_blocks);
+    std::vector<int32_t> pages(static_cast<size_t>(blocks));
+    for (int block = 0; block < blocks; ++block) pages[block] = block;
+    const size_t block_floats = static_cast<size_t>(kPageTokens) * d;
+    std::vector<Room> rooms(static_cast<size_t>(team.size()));
+    for (Room& room : rooms) {
+        room.rows.resize(2 * block_floats * static_cast<size_t>(heads));
+        if (pattern.active()) pyramid.reserve(room.selection, heads);
+    }
+    if (selections != nullptr) selections->assign(static_cast<size_t>(groups) * blocks, {});
+    const float scale = 1.f / std::sqrt(static_cast<float>(d));
+    const auto rows_of = [&](int block) { return std::min(kPageTokens, shape.num_tokens - block * kPageTokens); };
+    const auto start_of = [&](int head, int block) {
+        return (static_cast<size_t>(head) * shape.num_tokens + static_cast<size_t>(block) * kPageTokens) * d;
+    };
+    const auto head_view = [&](int g) { return HeadView{cache.data() + layout.offset(0, 0, g), pages.data(), 0, g}; };
+
+    const auto fill_page = [&](int g, int block, Room& room) {
+        const size_t start = start_of(g, block), count = static_cast<size_t>(rows_of(block)) * d;
+        float *keys = room.rows.data(), *values = keys + block_floats;
+        for (size_t i = 0; i < count; ++i) {
+            keys[i] = to_float(k[start + i]);
+            values[i] = to_float(v[start + i]);
+        }
+        table.store_tokens(layout, cache.data() + layout.offset(block, 0, g), 0, rows_of(block), keys, values,
+                           static_cast<size_t>(d));
+    };
+    const auto attend = [&](int g, int block, Room& room) {
+        const int rows = rows_of(block);
+        const size_t stride = static_cast<size_t>(heads) * d;
+        float *queries = room.rows.data(), *results = queries + block_floats * heads;
+        for (int head = 0; head < heads; ++head) {
+            const Value* source = q + start_of(g * heads + head, block);
+            for (int row = 0; row < rows; ++row) {
+                float* target = queries + row * stride + static_cast<size_t>(head) * d;
+                for (int i = 0; i < d; ++i) target[i] = to_float(source[static_cast<size_t>(row) * d + i]);
+            }
+        }
+        AttentionCall call;
+        call.layout = &layout;
+        call.cache = head_view(g).cache;
+        call.pages = pages.data();
+        call.query = queries;
+        call.query_stride = stride;
+        call.out = results;
+        call.out_stride = stride;
+        call.num_heads = heads;
+        call.first_position = block * kPageTokens;
+        call.num_rows = rows;
+        call.scale = scale;
+        const double started = now_s();
+        if (pattern.active()) {
+            const Budget budget = pattern.budget(g);
+            pyramid.select(head_view(g), block, budget, queries, heads, room.selection);
+            const Selection& selection = room.selection.selection;
+            call.blocks = selection.blocks.data();
+            call.num_blocks = static_cast<int>(selection.blocks.size());
+            if (pattern.far) {
+                const size_t first = static_cast<size_t>(g) * heads * static_cast<size_t>(pyramid.top() + 1);
+                const float* bias = pattern.level_bias.empty() ? nullptr : pattern.level_bias.data() + first;
+                call.far = pyramid.gather_far(head_view(g), heads, bias, scale, room.selection);
+            }
+            if (selections != nullptr) (*selections)[static_cast<size_t>(g) * blocks + block] = selection;
+        }
+        const double chosen = now_s();
+        table.attention(call);
+        room.times.selection_s += chosen - started;
+        room.times.attention_s += now_s() - chosen;
+        for (int head = 0; head < heads; ++head) {
+            Value* target = out + start_of(g * heads + head, block);
+            for (int row = 0; row < rows; ++row) {
+                const float* source = results + row * stride + static_cast<size_t>(head) * d;
+                for (int i = 0; i < d; ++i) from_float(source[i], target[static_cast<size_t>(row) * d + i]);
+            }
+        }
+    };
+
+    for (int slot = 0; slot < ThreadPool::kCounters; ++slot) team.reset_counter(slot);
+    team.run([&](int thread_idx) {
+        Room& room = rooms[thread_idx];
+        int stage = 0;
+        // The next stage's counter is cleared two meetings after its last use.
+        const auto share_out = [&](int count, const auto& body) {
+            if (thread_idx == 0) team.reset_counter((stage + 2) % ThreadPool::kCounters);
+            const int slot = stage++ % ThreadPool::kCounters;
+            for (int task = team.claim(slot); task < count; task = team.claim(slot)) body(task);
+            team.barrier();
+        };
+        share_out(groups * blocks, [&](int task) { fill_page(task % groups, task / groups, room); });
+        for (int level = 0; pattern.active() && level <= pyramid.top(); ++level) {
+            const int cells = (blocks - 1) / cell_blocks(level);  // complete ones that a later block can see
+            const double started = now_s();
+            share_out(groups * cells, [&](int task) {
+                pyramid.seal(head_view(task % groups), (task / groups + 1) * cell_blocks(level) - 1, level);
+            });
+            room.times.pyramid_s += now_s() - started;
+        }
+        share_out(groups * blocks, [&](int task) {  // the longest rows first
+            attend(task % groups, blocks - 1 - task / groups, room);
+        });
+    });
+    if (times == nullptr) return;
+    for (const Room& room : rooms) {
+        times->pyramid_s += room.times.pyramid_s;
+        times->selection_s += room.times.selection_s;
+        times->attention_s += room.times.attention_s;
+    }
+}
+
+template void sequence_attention(const SequenceShape&, const float*, const float*, const float*, const DynamicPattern&,
+                                 float*, std::vector<Selection>*, AttentionTimes*);
+template void sequence_attention(const SequenceShape&, const uint16_t*, const uint16_t*, const uint16_t*,
+                                 const DynamicPattern&, uint16_t*, std::vector<Selection>*, AttentionTimes*);
+
+}  // namespace dseek
