@@ -1,8 +1,8 @@
 """`AttentionPattern`: what the heads of a layer attend to, as plain data that the plan writes and the kernels follow.
 
-Tokens come in blocks of 64, blocks in cells of 1, 8, 64, ... blocks. A query always sees its own block, the window before
-it and the very first block; a dynamic pattern adds the cells that score best, found by a descent from the largest cells
-down, and may let the cells that stay closed count by their means.
+Tokens come in blocks of 64, blocks in cells of 1, 8, 64, ... blocks. A query always sees its own block, the window
+before it and the very first block; a dynamic pattern adds the cells that score best, found by a descent from the
+largest cells down, and may let the cells that stay closed count by their means.
 """
 
 from __future__ import annotations
