@@ -123,6 +123,20 @@ _ALL = (
         quick=True,
     ),
     Row(
+        name="attention-sparse-16k",
+        claim="Dynamic attention, 16,384 tokens, 8 heads of 64, bf16, means and selection included; peer PyTorch SDPA",
+        place="attention:attention_sparse_16k",
+        min_ratio=15.0,
+        quick=True,
+    ),
+    Row(
+        name="growth-64k",
+        claim="Growth of dynamic attention's time from 16,384 to 65,536 tokens, against n log n and 15 %",
+        place="attention:growth_64k",
+        min_ratio=1.0,
+        quick=True,
+    ),
+    Row(
         name="decode-bandwidth",
         claim="Decode as a share of measured read bandwidth, 1.1B Llama (random weights), int8; bar 75 %",
         place="decode:decode_bandwidth",

@@ -1,0 +1,1 @@
+"""Training: for now the gate of dynamic attention, on a frozen model."""

@@ -1,0 +1,241 @@
+"""`train_gates`: gates of all layers, learned from samples of a frozen model; stopped, it goes on where it was.
+
+Samples are made first, a file a text, since the model's forward pass costs far more than a step of the gates. Training
+then passes over them many times. After every pass weights, moments and the pass's number are written, whole or not at
+all, so that a run that was stopped repeats at most one pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
+
+from dseek.core.attention_pattern import RADIX
+from dseek.core.errors import ConfigError
+from dseek.core.files import atomic_write_bytes
+from dseek.core.shape import ModelShape
+from dseek.models.decoder import Decoder
+from dseek.train.gate import Gate, free_cells, level_loss, pool_statistics
+from dseek.train.gate_samples import LayerSample, layer_samples
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+"""Called with what is being done, how much of it is done, how much there is, and figures worth showing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateTraining:
+    """How gates are trained."""
+
+    gate_dim: int = 32
+    """Width of queries and keys of the gate."""
+    num_levels: int = 2
+    """Levels of cells that have a gate of their own; larger cells use the last."""
+    near_blocks: int = 4
+    """Window in blocks; cells inside are not chosen and so not learned."""
+    rows_per_block: int = 4
+    """Rows of each query block whose true attention is computed."""
+    num_passes: int = 40
+    """Passes over the samples."""
+    learning_rate: float = 3e-3
+    """Largest step of AdamW, reached after a short rise and lowered along a cosine."""
+    weight_decay: float = 0.01
+    """Of AdamW."""
+    seed: int = 0
+    """Of initial weights, drawn rows and the order of samples."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a value out of its range.
+        """
+        ranges = (
+            ("gate width", self.gate_dim, 2, 256),
+            ("number of levels", self.num_levels, 1, 6),
+            ("window in blocks", self.near_blocks, 1, 64),
+            ("rows of a block", self.rows_per_block, 1, 64),
+            ("number of passes", self.num_passes, 1, 10_000),
+        )
+        for what, value, low, high in ranges:
+            if not low <= value <= high:
+                raise ConfigError(f"the gate's {what} is {value}", needed=f"{low} to {high}")
+        if self.gate_dim % 2:
+            raise ConfigError(f"the gate's width is {self.gate_dim}", needed="an even number")
+        if not 0.0 < self.learning_rate < 1.0:
+            raise ConfigError(f"the learning rate is {self.learning_rate}", needed="above 0 and below 1")
+
+
+def make_samples(
+    decoder: Decoder, texts: Sequence[torch.Tensor], folder: Path, config: GateTraining, progress: Progress
+) -> list[Path]:
+    """Write a file of samples for every text that has none yet.
+
+    Args:
+        decoder: the frozen model.
+        texts: token ids, int64 [T] each.
+        folder: where the files go, made if need be.
+        config: rows of a block, seed.
+        progress: told after every text.
+
+    Returns:
+        The files, in the order of the texts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for index, token_ids in enumerate(texts):
+        file = folder / f"{index:04d}.safetensors"
+        if not file.exists():
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+            tensors = {}
+            samples = layer_samples(decoder, token_ids, rows_per_block=config.rows_per_block, generator=generator)
+            for layer, sample in enumerate(samples):
+                tensors[f"{layer}.queries"] = sample.queries.bfloat16()
+                tensors[f"{layer}.keys"] = sample.keys.bfloat16()
+                tensors[f"{layer}.mass"] = sample.mass.half()
+            atomic_write_bytes(file, to_safetensors(tensors))
+        files.append(file)
+        progress("samples", index + 1, len(texts), {})
+    return files
+
+
+def read_samples(file: Path, num_layers: int) -> list[LayerSample]:
+    """Read what `make_samples` wrote.
+
+    Args:
+        file: one of its files.
+        num_layers: layers of the model.
+
+    Returns:
+        A sample a layer, float32.
+    """
+    with safe_open(str(file), framework="pt") as stored:
+        return [
+            LayerSample(*(stored.get_tensor(f"{layer}.{name}").float() for name in ("queries", "keys", "mass")))
+            for layer in range(num_layers)
+        ]
+
+
+def new_gates(shape: ModelShape, config: GateTraining) -> torch.nn.ModuleList:
+    """Make untrained gates, one a layer.
+
+    Args:
+        shape: the model.
+        config: widths, levels, seed.
+    """
+    torch.manual_seed(config.seed)
+    heads = shape.num_heads // shape.num_kv_heads
+    return torch.nn.ModuleList(
+        Gate(
+            shape.num_kv_heads,
+            heads * shape.head_dim,
+            3 * shape.head_dim,
+            gate_dim=config.gate_dim,
+            num_levels=config.num_levels,
+            theta=shape.rope.theta,
+        )
+        for _ in range(shape.num_layers)
+    )
+
+
+def gate_loss(gate: Gate, sample: LayerSample, config: GateTraining) -> torch.Tensor:
+    """Mean divergence of one layer's gate from the true mass, over levels, blocks and groups.
+
+    Args:
+        gate: the layer's gate.
+        sample: one text in that layer.
+        config: levels and window.
+    """
+    losses = []
+    for level in range(config.num_levels):
+        free_BC = free_cells(len(sample.queries), level, config.near_blocks)
+        if not (free_BC.sum(1) > 1).any():
+            continue
+        cells_CGS = pool_statistics(sample.keys, level)
+        mass_BGC = sample.mass[:, :, : len(cells_CGS) * RADIX**level].unflatten(-1, (-1, RADIX**level)).sum(-1)
+        total, weight = level_loss(gate(sample.queries, cells_CGS, level), mass_BGC, free_BC)
+        losses.append(total / weight.clamp(min=1e-9))
+    return torch.stack(losses).mean()
+
+
+def train_gates(
+    gates: torch.nn.ModuleList, files: Sequence[Path], state_file: Path, config: GateTraining, progress: Progress
+) -> None:
+    """Train gates in place.
+
+    Args:
+        gates: of `new_gates`.
+        files: of `make_samples`.
+        state_file: safetensors that a pass is kept in; where it exists, training goes on after it.
+        config: how.
+        progress: told after every pass, with the mean loss.
+
+    Raises:
+        ConfigError: the state is of a training with other settings.
+    """
+    parameters = dict(gates.named_parameters())
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
+    num_steps = config.num_passes * len(files)
+    first_pass = _restore(parameters, optimizer, state_file, config) if state_file.exists() else 0
+    step = first_pass * len(files)
+    for num_pass in range(first_pass, config.num_passes):
+        generator = torch.Generator().manual_seed(config.seed + num_pass)
+        total = 0.0
+        for index in torch.randperm(len(files), generator=generator).tolist():
+            rise, fall = min(1.0, (step + 1) / 20), 0.5 + 0.5 * math.cos(math.pi * step / num_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * rise * fall
+            optimizer.zero_grad()
+            samples = read_samples(files[index], len(gates))
+            loss = torch.stack([gate_loss(gate, sample, config) for gate, sample in zip(gates, samples, strict=True)])
+            loss.sum().backward()
+            optimizer.step()
+            total += float(loss.mean())
+            step += 1
+        _keep(parameters, optimizer, state_file, config, num_pass + 1)
+        progress("passes", num_pass + 1, config.num_passes, {"loss": total / len(files)})
+
+
+def _keep(
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    file: Path,
+    config: GateTraining,
+    num_passes: int,
+) -> None:
+    """Write weights, moments and progress."""
+    tensors = {f"weight.{name}": value.detach() for name, value in parameters.items()}
+    for name, value in parameters.items():
+        for key, moment in optimizer.state[value].items():
+            tensors[f"{key}.{name}"] = moment.detach().clone()
+    metadata = {key: str(value) for key, value in asdict(config).items()} | {"passes": str(num_passes)}
+    atomic_write_bytes(file, to_safetensors(tensors, metadata))
+
+
+def _restore(
+    parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, file: Path, config: GateTraining
+) -> int:
+    """Read what `_keep` wrote; returns the passes done."""
+    with safe_open(str(file), framework="pt") as stored:
+        metadata = stored.metadata() or {}
+        for key, value in asdict(config).items():
+            if metadata.get(key) != str(value):
+                raise ConfigError(
+                    f"{file} is of a training with {key} {metadata.get(key)}",
+                    needed=f"{key} {value}",
+                    remedy="train into another folder, or with the settings it was begun with",
+                )
+        names = set(stored.keys())
+        with torch.no_grad():
+            for name, value in parameters.items():
+                value.copy_(stored.get_tensor(f"weight.{name}"))
+                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in names]
+                optimizer.state[value] = {key: stored.get_tensor(f"{key}.{name}") for key in keys}
+        return int(metadata["passes"])
