@@ -143,9 +143,27 @@ public:
     }
 
     void set_pattern(int layer, const std::vector<int>& near_blocks, int top_blocks, bool far,
-                     const std::optional<Input<float, 2>>& level_bias) {
+                     const std::optional<Input<float, 2>>& level_bias, const std::optional<GateArrays>& gate) {
+        DynamicPattern pattern = pattern_of(near_blocks, top_blocks, far, level_bias);
+        if (gate) pattern.gate = gate_of(*gate, decoder_.shape().num_kv_heads);
         const std::lock_guard lock(mutex_);
-        decoder_.set_pattern(layer, pattern_of(near_blocks, top_blocks, far, level_bias));
+        decoder_.set_pattern(layer, std::move(pattern));
+    }
+
+    void set_gate_rotation(const Input<float, 2>& cos, const Input<float, 2>& sin) {
+        require(cos.shape(0) == sin.shape(0) && cos.shape(1) == sin.shape(1) && cos.shape(0) <= kMostRows,
+                "the gates' cos and sin must be [blocks, width / 2]");
+        require_aligned(cos, sin);
+        const std::lock_guard lock(mutex_);
+        decoder_.set_gate_rotation({cos.data(), cos.data() + cos.size()}, {sin.data(), sin.data() + sin.size()},
+                                   static_cast<int>(cos.shape(0)));
+    }
+
+    nb::tuple selection(int layer, int kv_head, const Input<int32_t, 1>& pages, int query_block) {
+        require(pages.size() <= kMostRows, "a page table is too long");
+        require_aligned(pages);
+        const std::lock_guard lock(mutex_);
+        return to_tuple(decoder_.selection(layer, kv_head, pages.data(), static_cast<int>(pages.size()), query_block));
     }
 
     void allocate_cache(int num_pages) {
@@ -250,7 +268,9 @@ void bind_decoder(nb::module_& module) {
         .def("set_tables", &OwningDecoder::set_tables, nb::kw_only(), "embedding"_a, "head"_a, "final_norm"_a)
         .def("set_rotary", &OwningDecoder::set_rotary, "cos"_a, "sin"_a)
         .def("set_pattern", &OwningDecoder::set_pattern, "layer"_a, nb::kw_only(), "near_blocks"_a, "top_blocks"_a,
-             "far"_a = false, "level_bias"_a = nb::none())
+             "far"_a = false, "level_bias"_a = nb::none(), "gate"_a = nb::none())
+        .def("set_gate_rotation", &OwningDecoder::set_gate_rotation, "cos"_a, "sin"_a)
+        .def("selection", &OwningDecoder::selection, "layer"_a, "kv_head"_a, "pages"_a, "query_block"_a)
         .def("allocate_cache", &OwningDecoder::allocate_cache, "num_pages"_a)
         .def("forward", &OwningDecoder::forward, "token_ids"_a, "positions"_a, "row_starts"_a, "page_tables"_a,
              "logit_rows"_a)

@@ -46,13 +46,7 @@ nb::list to_lists(const std::vector<Selection>& selections, size_t groups) {
     const size_t blocks = groups == 0 ? 0 : selections.size() / groups;
     for (size_t g = 0; g < groups; ++g) {
         nb::list head;
-        for (size_t block = 0; block < blocks; ++block) {
-            const Selection& selection = selections[g * blocks + block];
-            nb::list exact, far;
-            for (const int32_t index : selection.blocks) exact.append(index);
-            for (const Cell& cell : selection.far) far.append(nb::make_tuple(cell.level, cell.index));
-            head.append(nb::make_tuple(exact, far));
-        }
+        for (size_t block = 0; block < blocks; ++block) { head.append(to_tuple(selections[g * blocks + block])); }
         all.append(head);
     }
     return all;
@@ -99,12 +93,44 @@ DynamicPattern pattern_of(const std::vector<int>& near_blocks, int top_blocks, b
     constexpr int kMostBlocks = 1 << 20;
     require(top_blocks >= 0 && top_blocks <= kMostBlocks, "top_blocks is out of range");
     for (const int blocks : near_blocks) require(blocks >= 0 && blocks <= kMostBlocks, "a window is out of range");
-    DynamicPattern pattern{near_blocks, top_blocks, far, {}};
+    DynamicPattern pattern{near_blocks, top_blocks, far, {}, {}};
     if (level_bias) {
         require_aligned(*level_bias);
         pattern.level_bias.assign(level_bias->data(), level_bias->data() + level_bias->size());
     }
     return pattern;
+}
+
+Gate gate_of(const GateArrays& arrays, int kv_heads) {
+    const auto& [query, key, query_gain, key_gain] = arrays;
+    const auto groups = static_cast<size_t>(kv_heads);
+    const size_t dim = query.shape(2), levels = key.shape(0);
+    require(query.shape(0) == groups && key.shape(1) == groups && query_gain.shape(0) == groups &&
+                key_gain.shape(1) == groups,
+            "a gate needs parameters for each of the " + std::to_string(kv_heads) + " key-value heads");
+    require(dim >= 16 && dim % 16 == 0 && dim <= 512 && key.shape(3) == dim && query_gain.shape(1) == dim &&
+                key_gain.shape(2) == dim,
+            "a gate's width must be one multiple of 16 up to 512 in all its parameters");
+    require(levels >= 1 && levels <= kMostLevels && key_gain.shape(0) == levels,
+            "a gate must have 1 to " + std::to_string(kMostLevels) + " levels");
+    require(query.shape(1) <= kMostRows && key.shape(2) <= kMostRows, "a gate's inputs are out of range");
+    require_aligned(query, key, query_gain, key_gain);
+    const auto copy = [](const auto& array) { return std::vector<float>(array.data(), array.data() + array.size()); };
+    return {static_cast<int>(dim),
+            static_cast<int>(levels),
+            static_cast<int>(query.shape(1)),
+            static_cast<int>(key.shape(2)),
+            copy(query),
+            copy(key),
+            copy(query_gain),
+            copy(key_gain)};
+}
+
+nb::tuple to_tuple(const Selection& selection) {
+    nb::list exact, far;
+    for (const int32_t index : selection.blocks) exact.append(index);
+    for (const Cell& cell : selection.far) far.append(nb::make_tuple(cell.level, cell.index));
+    return nb::make_tuple(exact, far);
 }
 
 void bind_attention(nb::module_& module) {

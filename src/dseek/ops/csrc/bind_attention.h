@@ -1,7 +1,10 @@
 // Attention of whole sequences, as Python sees it, and the pattern that the decoder's binding takes too.
 #pragma once
 
+#include <nanobind/stl/tuple.h>
+
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "bind.h"
@@ -12,6 +15,14 @@ namespace dseek {
 // A checked pattern; without `near_blocks` it is dense. `level_bias` is [heads, levels].
 DynamicPattern pattern_of(const std::vector<int>& near_blocks, int top_blocks, bool far,
                           const std::optional<Input<float, 2>>& level_bias);
+
+// query [kv heads, heads of a group * d, dim], key [levels, kv heads, 3 d, dim] and their gains [kv heads, dim] and
+// [levels, kv heads, dim].
+using GateArrays = std::tuple<Input<float, 3>, Input<float, 4>, Input<float, 2>, Input<float, 3>>;
+Gate gate_of(const GateArrays& arrays, int kv_heads);
+
+// (exact blocks, [(level, index) of far cells]).
+nanobind::tuple to_tuple(const Selection& selection);
 
 void bind_attention(nanobind::module_& module);
 

@@ -75,6 +75,11 @@ public:
     void set_rotary(const float* cos, const float* sin, int num_positions);
     // How a layer attends; dense if never called. Before `allocate_cache`, which makes room for what it needs.
     void set_pattern(int layer, DynamicPattern pattern);
+    // Rotation of the gates at every block's first position: cos and sin [num_blocks][dim / 2]. Before
+    // `allocate_cache`.
+    void set_gate_rotation(std::vector<float> cos, std::vector<float> sin, int num_blocks);
+    // What a query block attends to, as it was selected; for looking at.
+    Selection selection(int layer, int kv_head, const int32_t* pages, int num_pages, int query_block);
     void allocate_cache(int num_pages);
 
     // Writes logits [num_logit_rows][logit_stride()]. Throws std::invalid_argument for ids, positions or pages out of
@@ -157,6 +162,8 @@ private:
     int num_pages_ = 0;
     std::vector<DynamicPattern> patterns_;  // [layers], or none
     Pyramid pyramid_;
+    GateRotation gate_rotation_;
+    int gate_blocks_ = 0;
 
     ThreadPool* team_ = nullptr;
     const KernelTable* table_ = nullptr;

@@ -183,7 +183,8 @@ void Decoder::seal_blocks(const Batch& batch, int layer, int thread_idx, int& st
             if (!ends(fresh)) return;
             const int g = task % groups;
             const int32_t* pages = batch.page_tables + static_cast<size_t>(fresh.sequence) * batch.pages_per_sequence;
-            pyramid_.seal({cache_.data() + layout_.offset(0, layer, g), pages, layer, g}, fresh.block - 1, level);
+            pyramid_.seal({cache_.data() + layout_.offset(0, layer, g), pages, layer, g}, fresh.block - 1, level,
+                          patterns_[layer].gate);
         });
         team_->barrier();
     }
@@ -197,7 +198,7 @@ void Decoder::choose_blocks(const Batch& batch, int layer, const AttentionTask& 
     const Budget budget = pattern.budget(task.kv_head);
     SelectionRoom& room = worker.selection;
     const HeadView head{call.cache, call.pages, layer, task.kv_head};
-    if (position % kPageTokens == 0) pyramid_.select(head, block, budget, call.query, heads, room);
+    if (position % kPageTokens == 0) pyramid_.select(head, block, budget, pattern.gate, call.query, heads, room);
     else pyramid_.recall(head, block, budget, room);
     call.blocks = room.selection.blocks.data();
     call.num_blocks = static_cast<int>(room.selection.blocks.size());

@@ -8,12 +8,13 @@
 
 namespace dseek {
 
-Pyramid::Pyramid(const CacheLayout& layout, int num_pages, int64_t num_tokens, int top_blocks)
+Pyramid::Pyramid(const CacheLayout& layout, int num_pages, int64_t num_tokens, int top_blocks, int gate_dim)
     : layout_(layout),
       far_layout_(layout.type == CacheType::fp32 ? CacheType::fp32 : CacheType::bf16, layout.head_dim, 1, 1),
       num_pages_(num_pages),
       top_(top_level(num_tokens)),
-      top_blocks_(top_blocks) {
+      top_blocks_(top_blocks),
+      gate_dim_(gate_dim) {
     constexpr int kMostOpenings = 1 << 12;
     if (top_blocks < 0 || top_blocks > kMostOpenings) {
         throw std::invalid_argument("blocks to select are " + std::to_string(top_blocks) + "; needed: 0 to " +
@@ -23,20 +24,28 @@ Pyramid::Pyramid(const CacheLayout& layout, int num_pages, int64_t num_tokens, i
     most_far_ = most_far_cells(num_blocks, top_, top_blocks);
     means_bytes_ = static_cast<size_t>(layout.head_dim) * 2 * sizeof(float);
     openings_bytes_ = round_up_size((1 + static_cast<size_t>(top_blocks)) * sizeof(int32_t), 64);
-    const size_t record_bytes = (means_bytes_ + openings_bytes_) * static_cast<size_t>(top_ + 1);
-    memory_ = Pages(record_bytes * layout.num_kv_heads * layout.num_layers * static_cast<size_t>(num_pages));
+    if (gate_dim > 0) statistics_bytes_ = (3 * static_cast<size_t>(layout.head_dim) + gate_dim) * sizeof(float);
+    record_bytes_ = (means_bytes_ + openings_bytes_ + statistics_bytes_) * static_cast<size_t>(top_ + 1);
+    memory_ = Pages(record_bytes_ * layout.num_kv_heads * layout.num_layers * static_cast<size_t>(num_pages));
 }
 
 uint8_t* Pyramid::record(const HeadView& head, int block) const {
     const size_t index = (static_cast<size_t>(head.pages[block]) * layout_.num_layers + head.layer) *
                              static_cast<size_t>(layout_.num_kv_heads) +
                          head.kv_head;
-    return memory_.data() + index * (means_bytes_ + openings_bytes_) * static_cast<size_t>(top_ + 1);
+    return memory_.data() + index * record_bytes_;
 }
 
 float* Pyramid::means(const HeadView& head, const Cell& cell) const {
     const int last_block = (cell.index + 1) * cell_blocks(cell.level) - 1;
     return reinterpret_cast<float*>(record(head, last_block) + means_bytes_ * static_cast<size_t>(cell.level));
+}
+
+float* Pyramid::statistics(const HeadView& head, const Cell& cell) const {
+    const int last_block = (cell.index + 1) * cell_blocks(cell.level) - 1;
+    return reinterpret_cast<float*>(record(head, last_block) +
+                                    (means_bytes_ + openings_bytes_) * static_cast<size_t>(top_ + 1) +
+                                    statistics_bytes_ * static_cast<size_t>(cell.level));
 }
 
 int32_t* Pyramid::openings(const HeadView& head, int block, int level) const {
@@ -54,6 +63,8 @@ void Pyramid::reserve(SelectionRoom& room, int num_heads) const {
     room.means.reserve(met);
     room.scores.reserve(met);
     room.order.reserve(met);
+    room.query.resize(static_cast<size_t>(num_heads) * layout_.head_dim);
+    room.gate_query.resize(static_cast<size_t>(gate_dim_));
     room.rows.resize(static_cast<size_t>(kPageTokens) * 2 * layout_.head_dim);
     if (far_pages * far_layout_.head_bytes > room.far_pages.size()) {
         room.far_pages = Pages(far_pages * far_layout_.head_bytes);
@@ -61,35 +72,79 @@ void Pyramid::reserve(SelectionRoom& room, int num_heads) const {
     room.far_bias.resize(std::max(room.far_bias.size(), far_pages * kPageTokens * num_heads));
 }
 
-void Pyramid::seal(const HeadView& head, int block, int level) {
-    const int d = layout_.head_dim;
-    float* target = means(head, {level, block / cell_blocks(level)});
+void Pyramid::seal(const HeadView& head, int block, int level, const Gate& gate) {
+    const int d = layout_.head_dim, children = 1 << kRadixBits;
+    const Cell cell{level, block / cell_blocks(level)};
+    const uint8_t* page = head.cache + static_cast<size_t>(head.pages[block]) * layout_.page_bytes();
+    float* target = means(head, cell);
     if (level == 0) {
-        const uint8_t* page = head.cache + static_cast<size_t>(head.pages[block]) * layout_.page_bytes();
         kernels().page_means(layout_, page, target, target + d);
-        return;
+    } else {
+        std::memset(target, 0, means_bytes_);
+        for (int child = cell.index * children; child < (cell.index + 1) * children; ++child) {
+            const float* source = means(head, {level - 1, child});
+            for (int i = 0; i < 2 * d; ++i) target[i] += source[i];
+        }
+        for (int i = 0; i < 2 * d; ++i) target[i] *= 1.f / static_cast<float>(children);
     }
-    std::memset(target, 0, means_bytes_);
-    const int first = block / cell_blocks(level) << kRadixBits;
-    for (int child = first; child < first + (1 << kRadixBits); ++child) {
-        const float* source = means(head, {level - 1, child});
-        for (int i = 0; i < 2 * d; ++i) target[i] += source[i];
+    if (!gate.active()) return;
+    float* own = statistics(head, cell);
+    if (level == 0) {
+        const size_t at = static_cast<size_t>(block) * (d / 2) * kPageTokens;
+        kernels().page_statistics(layout_, page, rotation.model_cos.data() + at, rotation.model_sin.data() + at,
+                                  rotation.model_scale, own);
+    } else {
+        std::memcpy(own, statistics(head, {level - 1, cell.index * children}),
+                    static_cast<size_t>(3 * d) * sizeof(float));
+        for (int child = cell.index * children + 1; child < (cell.index + 1) * children; ++child) {
+            const float* source = statistics(head, {level - 1, child});
+            for (int i = 0; i < d; ++i) {
+                own[i] = std::max(own[i], source[i]);
+                own[d + i] = std::min(own[d + i], source[d + i]);
+                own[2 * d + i] += source[2 * d + i];
+            }
+        }
+        for (int i = 2 * d; i < 3 * d; ++i) own[i] *= 1.f / static_cast<float>(children);
     }
-    for (int i = 0; i < 2 * d; ++i) target[i] *= 1.f / (1 << kRadixBits);
+    gate_key(gate, rotation, layout_.num_kv_heads, head.kv_head, level, own, cell.index * cell_blocks(level),
+             own + 3 * d);
 }
 
-void Pyramid::select(const HeadView& head, int query_block, const Budget& budget, const float* query, int num_heads,
-                     SelectionRoom& room) {
+void Pyramid::turn_back(const float* query, int num_heads, int block, float* out) const {
+    const int d = layout_.head_dim, half = d / 2;
+    const size_t at = static_cast<size_t>(block) * half * kPageTokens;
+    for (int h = 0; h < num_heads; ++h) {
+        const float* source = query + static_cast<size_t>(h) * d;
+        float* target = out + static_cast<size_t>(h) * d;
+        for (int i = 0; i < half; ++i) {
+            const float cos = rotation.model_cos[at + static_cast<size_t>(i) * kPageTokens];
+            const float sin = rotation.model_sin[at + static_cast<size_t>(i) * kPageTokens];
+            target[i] = (source[i] * cos + source[i + half] * sin) * rotation.model_scale;
+            target[i + half] = (source[i + half] * cos - source[i] * sin) * rotation.model_scale;
+        }
+    }
+}
+
+void Pyramid::select(const HeadView& head, int query_block, const Budget& budget, const Gate& gate, const float* query,
+                     int num_heads, SelectionRoom& room) {
+    const int d = layout_.head_dim;
+    if (gate.active()) {
+        turn_back(query, num_heads, query_block, room.query.data());
+        gate_query(gate, rotation, head.kv_head, room.query.data(), query_block, room.gate_query.data());
+    }
     const auto open = [&](int level, const std::vector<Cell>& candidates, std::vector<int32_t>& chosen) {
         const size_t count = candidates.size(), wanted = std::min(count, static_cast<size_t>(budget.top_blocks));
         int32_t* kept = openings(head, query_block, level);
         kept[0] = static_cast<int32_t>(wanted);
         if (wanted < count && wanted > 0) {
             room.means.clear();
-            for (const Cell& cell : candidates) room.means.push_back(means(head, cell));
+            for (const Cell& cell : candidates) {
+                room.means.push_back(gate.active() ? statistics(head, cell) + 3 * d : means(head, cell));
+            }
             room.scores.resize(count);
             // All cells of a level are equally large, so the logarithm of their tokens does not change their order.
-            kernels().score_cells(query, num_heads, layout_.head_dim, room.means.data(), static_cast<int>(count),
+            kernels().score_cells(gate.active() ? room.gate_query.data() : query, gate.active() ? 1 : num_heads,
+                                  gate.active() ? gate.dim : d, room.means.data(), static_cast<int>(count),
                                   room.scores.data());
             room.order.resize(count);
             for (size_t i = 0; i < count; ++i) room.order[i] = static_cast<int32_t>(i);

@@ -10,6 +10,7 @@
 #include "common/cells.h"
 #include "common/kernels.h"
 #include "common/pages.h"
+#include "gate.h"
 
 namespace dseek {
 
@@ -19,6 +20,7 @@ struct DynamicPattern {
     int top_blocks = 0;  // opened at every level; 0 leaves the window and the first block
     bool far = false;
     std::vector<float> level_bias;  // [heads][levels], natural logarithm; empty: zeros
+    Gate gate;  // not active: cells are scored by their mean keys
 
     bool active() const { return !near_blocks.empty(); }
     Budget budget(int kv_head) const { return {near_blocks[kv_head], top_blocks, far}; }
@@ -41,13 +43,18 @@ struct SelectionRoom {
     std::vector<float> rows;  // [64][2][d], means of a page of far cells
     Pages far_pages;
     std::vector<float> far_bias;
+    std::vector<float> query;  // of a group's heads, turned back
+    std::vector<float> gate_query;  // [dim]
 };
 
 class Pyramid {
 public:
     Pyramid() = default;
-    // Throws std::invalid_argument for more openings than a record may hold.
-    Pyramid(const CacheLayout& layout, int num_pages, int64_t num_tokens, int top_blocks);
+    // Throws std::invalid_argument for more openings than a record may hold. `gate_dim` is 0 where no layer has a gate.
+    Pyramid(const CacheLayout& layout, int num_pages, int64_t num_tokens, int top_blocks, int gate_dim);
+
+    // What gates need; set before the first cell is sealed.
+    GateRotation rotation;
 
     bool empty() const { return num_pages_ == 0; }
     int top() const { return top_; }
@@ -58,12 +65,12 @@ public:
     // Whether `block` is the last of a cell of this level.
     static bool ends_cell(int block, int level) { return (block + 1) % cell_blocks(level) == 0; }
     // Computes the means of the cell of `level` that ends with `block`; those of the level below must be there.
-    void seal(const HeadView& head, int block, int level);
+    void seal(const HeadView& head, int block, int level, const Gate& gate);
     // Scores cells by the queries of the block's first position ([num_heads][d], rotated, one after the other), opens
-    // the best of each level and keeps their indices with the block's page. A cell's score is the largest q . mean key
-    // of the group's heads; its tokens do not matter among cells of one level.
-    void select(const HeadView& head, int query_block, const Budget& budget, const float* query, int num_heads,
-                SelectionRoom& room);
+    // the best of each level and keeps their indices with the block's page. Without a gate a cell's score is the
+    // largest q . mean key of the group's heads; its tokens do not matter among cells of one level.
+    void select(const HeadView& head, int query_block, const Budget& budget, const Gate& gate, const float* query,
+                int num_heads, SelectionRoom& room);
     // The same selection again, from what was kept.
     void recall(const HeadView& head, int query_block, const Budget& budget, SelectionRoom& room) const;
     // Lays the far cells of the selection out as pages. `level_bias` is [num_heads][levels], or null.
@@ -73,11 +80,13 @@ public:
 private:
     uint8_t* record(const HeadView& head, int block) const;
     float* means(const HeadView& head, const Cell& cell) const;
+    float* statistics(const HeadView& head, const Cell& cell) const;  // [3][d] and the gate's key [dim]
+    void turn_back(const float* query, int num_heads, int block, float* out) const;
     int32_t* openings(const HeadView& head, int block, int level) const;  // count, then indices
 
     CacheLayout layout_, far_layout_;
-    int num_pages_ = 0, top_ = 0, top_blocks_ = 0, most_far_ = 0;
-    size_t means_bytes_ = 0, openings_bytes_ = 0;
+    int num_pages_ = 0, top_ = 0, top_blocks_ = 0, most_far_ = 0, gate_dim_ = 0;
+    size_t means_bytes_ = 0, openings_bytes_ = 0, statistics_bytes_ = 0, record_bytes_ = 0;
     Pages memory_;
 };
 

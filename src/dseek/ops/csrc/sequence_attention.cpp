@@ -39,7 +39,7 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
     const CacheLayout layout(kType, d, 1, groups);
     const Pages cache(layout.page_bytes() * static_cast<size_t>(blocks));
     Pyramid pyramid;
-    if (pattern.active()) pyramid = Pyramid(layout, blocks, shape.num_tokens, pattern.top_blocks);
+    if (pattern.active()) pyramid = Pyramid(layout, blocks, shape.num_tokens, pattern.top_blocks, 0);
     std::vector<int32_t> pages(static_cast<size_t>(blocks));
     for (int block = 0; block < blocks; ++block) pages[block] = block;
     const size_t block_floats = static_cast<size_t>(kPageTokens) * d;
@@ -92,7 +92,7 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
         const double started = now_s();
         if (pattern.active()) {
             const Budget budget = pattern.budget(g);
-            pyramid.select(head_view(g), block, budget, queries, heads, room.selection);
+            pyramid.select(head_view(g), block, budget, {}, queries, heads, room.selection);
             const Selection& selection = room.selection.selection;
             call.blocks = selection.blocks.data();
             call.num_blocks = static_cast<int>(selection.blocks.size());
@@ -132,7 +132,7 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
             const int cells = (blocks - 1) / cell_blocks(level);  // complete ones that a later block can see
             const double started = now_s();
             share_out(groups * cells, [&](int task) {
-                pyramid.seal(head_view(task % groups), (task / groups + 1) * cell_blocks(level) - 1, level);
+                pyramid.seal(head_view(task % groups), (task / groups + 1) * cell_blocks(level) - 1, level, {});
             });
             room.times.pyramid_s += now_s() - started;
         }

@@ -21,6 +21,7 @@ const KernelTable& amx_kernels() {
         .store_tokens = store_tokens_512,
         .attention = attention_amx,
         .page_means = page_means,
+        .page_statistics = page_statistics,
         .score_cells = score_cells,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,

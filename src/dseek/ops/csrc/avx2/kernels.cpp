@@ -20,6 +20,7 @@ const KernelTable& avx2_kernels() {
         .store_tokens = store_tokens,
         .attention = attention_portable,
         .page_means = page_means,
+        .page_statistics = page_statistics,
         .score_cells = score_cells,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,

@@ -21,6 +21,7 @@ const KernelTable& avx512_kernels() {
         .store_tokens = store_tokens_512,
         .attention = attention_avx512,
         .page_means = page_means,
+        .page_statistics = page_statistics,
         .score_cells = score_cells,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,

@@ -1,6 +1,7 @@
 // What the pyramid of cells needs from vectors: means of pages, and scores of means.
 #pragma once
 
+#include "attention_portable.h"
 #include "kernels.h"
 #include "vec.h"
 
@@ -64,6 +65,49 @@ inline void page_means(const CacheLayout& layout, const uint8_t* page, float* ke
             total += even + odd;
         }
         store(value + i, total * kShare);
+    }
+}
+
+// Largest, least and mean [3][d] of a page's keys after turning them back: cos and sin are [d / 2][64], one for each
+// slot.
+inline void page_statistics(const CacheLayout& layout, const uint8_t* page, const float* cos, const float* sin,
+                            float scale, float* statistics) {
+    const int d = layout.head_dim, half = d / 2;
+    const size_t page_floats = static_cast<size_t>(d) * kPageTokens;
+    thread_local Scratch room;
+    const auto* keys = reinterpret_cast<const float*>(page);
+    if (layout.type != CacheType::fp32) {
+        auto* wide = reinterpret_cast<float*>(room.get(2 * page_floats * sizeof(float)));
+        widen_page(layout, page, wide, wide + page_floats);
+        keys = wide;
+    }
+    const auto keep = [&](int i, const f32x16* values) {
+        f32x16 largest = values[0], least = values[0], total = values[0];
+        for (int part = 1; part < 4; ++part) {
+            largest = max(largest, values[part]);
+            least = values[part] < least ? values[part] : least;
+            total += values[part];
+        }
+        float top = largest[0], bottom = least[0];
+        for (int lane = 1; lane < 16; ++lane) {
+            top = largest[lane] > top ? largest[lane] : top;
+            bottom = least[lane] < bottom ? least[lane] : bottom;
+        }
+        statistics[i] = top * scale;
+        statistics[d + i] = bottom * scale;
+        statistics[2 * d + i] = sum(total) * (scale / kPageTokens);
+    };
+    for (int i = 0; i < half; ++i) {
+        f32x16 first[4], second[4];
+        for (int part = 0; part < 4; ++part) {
+            const f32x16 a = load(keys + i * kPageTokens + part * 16),
+                         b = load(keys + (i + half) * kPageTokens + part * 16);
+            const f32x16 c = load(cos + i * kPageTokens + part * 16), s = load(sin + i * kPageTokens + part * 16);
+            first[part] = a * c + b * s;
+            second[part] = b * c - a * s;
+        }
+        keep(i, first);
+        keep(i + half, second);
     }
 }
 

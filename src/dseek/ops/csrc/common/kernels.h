@@ -132,6 +132,10 @@ struct KernelTable {
     void (*attention)(const AttentionCall& call);
     // Means over all tokens of one head's page, [head_dim] each.
     void (*page_means)(const CacheLayout& layout, const uint8_t* page, float* key, float* value);
+    // Largest, least and mean [3][head_dim] of a page's keys as they were before their rotation, times `scale`; cos and
+    // sin are [head_dim / 2][64].
+    void (*page_statistics)(const CacheLayout& layout, const uint8_t* page, const float* cos, const float* sin,
+                            float scale, float* statistics);
     // scores[i] = max over heads of query[head] . means[i]; query heads lie one after the other.
     void (*score_cells)(const float* query, int heads, int head_dim, const float* const* means, int count,
                         float* scores);
