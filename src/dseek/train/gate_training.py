@@ -20,6 +20,7 @@ from dseek.core.attention_pattern import RADIX
 from dseek.core.errors import ConfigError
 from dseek.core.files import atomic_write_bytes
 from dseek.core.shape import ModelShape
+from dseek.models import gate_file
 from dseek.models.decoder import Decoder
 from dseek.train.gate import Gate, free_cells, level_loss, pool_statistics
 from dseek.train.gate_samples import LayerSample, layer_samples
@@ -239,3 +240,19 @@ def _restore(
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in names]
                 optimizer.state[value] = {key: stored.get_tensor(f"{key}.{name}") for key in keys}
         return int(metadata["passes"])
+
+
+def save_gates(gates: torch.nn.ModuleList, theta: float, path: Path) -> None:
+    """Write gates as `dseek.models.gate_file` reads them, in bfloat16.
+
+    Args:
+        gates: of `new_gates`, trained.
+        theta: base of their rotation.
+        path: the file, written whole or not at all.
+    """
+    tensors = {
+        f"layers.{layer}.{part}": getattr(gate, part).detach().bfloat16().contiguous()
+        for layer, gate in enumerate(gates)
+        for part in gate_file.PARTS
+    }
+    atomic_write_bytes(path, to_safetensors(tensors, {"format": gate_file.FORMAT, "theta": repr(theta)}))

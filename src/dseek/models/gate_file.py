@@ -1,0 +1,149 @@
+"""Gates of dynamic attention in a safetensors file beside a model: read as hostile, checked against the model.
+
+A gate file MUST carry `format` "dseek-gate-1" and `theta` (the base of the gate's rotation) in its metadata, and for
+every layer i the tensors `layers.i.query` [G, E, g], `layers.i.key` [L, G, S, g], `layers.i.query_gain` [G, g] and
+`layers.i.key_gain` [L, G, g], in F32, F16 or BF16: G key and value heads, E query heads of a group times head width, S
+three times head width, g gate width (a multiple of 16), L levels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dseek.core.attention_pattern import BLOCK_TOKENS
+from dseek.core.errors import FileFormatError
+from dseek.core.shape import ModelShape
+from dseek.models.encoding import to_float32
+from dseek.models.safetensors_reader import SafetensorsFile
+from dseek.ops.tensor import EncodedTensor
+
+FORMAT = "dseek-gate-1"
+FILE_NAME = "gate.safetensors"
+"""Name of the file in a model's folder."""
+
+MAX_FILE_BYTES = 256 * 2**20
+MAX_GATE_DIM = 512
+MAX_LEVELS = 6
+PARTS = ("query", "key", "query_gain", "key_gain")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGate:
+    """The gate of one layer; float32 arrays shaped as the module says."""
+
+    query: np.ndarray
+    """[G, E, g]."""
+    key: np.ndarray
+    """[L, G, S, g]."""
+    query_gain: np.ndarray
+    """[G, g]."""
+    key_gain: np.ndarray
+    """[L, G, g]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """The gates of a model."""
+
+    layers: tuple[LayerGate, ...]
+    """One a layer."""
+    theta: float
+    """Base of their rotation."""
+
+    @property
+    def gate_dim(self) -> int:
+        """Width g."""
+        return int(self.layers[0].query.shape[2])
+
+    def rotation(self, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tabulate the rotation at the first position of every block.
+
+        Args:
+            num_blocks: rows of the table.
+
+        Returns:
+            Cosine and sine, each float32 [num_blocks, g / 2].
+        """
+        exponents = np.arange(0, self.gate_dim, 2, dtype=np.float32) / np.float32(self.gate_dim)
+        frequencies = np.power(np.float32(self.theta), -exponents)
+        angles = np.multiply.outer(np.arange(num_blocks, dtype=np.float32) * np.float32(BLOCK_TOKENS), frequencies)
+        return np.cos(angles), np.sin(angles)
+
+
+def read_gates(path: Path, shape: ModelShape) -> Gates:
+    """Read a gate file.
+
+    Args:
+        path: the file.
+        shape: the model it has to fit.
+
+    Returns:
+        Its gates.
+
+    Raises:
+        FileFormatError: not a gate file, damaged, or for another model.
+        UnsupportedModelError: a dtype that is not read here.
+        OSError: it cannot be opened.
+    """
+    if path.stat().st_size > MAX_FILE_BYTES:
+        raise FileFormatError(f"{path} is {path.stat().st_size} bytes long", needed=f"at most {MAX_FILE_BYTES}")
+    stored = SafetensorsFile(path)
+    try:
+        if stored.metadata.get("format") != FORMAT:
+            raise FileFormatError(f"{path} has the format {stored.metadata.get('format')!r}", needed=FORMAT)
+        layers = tuple(_read_layer(stored, layer, shape) for layer in range(shape.num_layers))
+        dims = {layer.query.shape[2] for layer in layers}
+        if len(dims) != 1:
+            raise FileFormatError(f"{path}: the layers' gates differ in width: {sorted(dims)}", needed="one width")
+        return Gates(layers, _theta(stored))
+    finally:
+        stored.close()
+
+
+def _theta(stored: SafetensorsFile) -> float:
+    text = stored.metadata.get("theta", "")
+    try:
+        theta = float(text)
+    except ValueError:
+        theta = math.nan
+    if not 1.0 < theta < 1e12:
+        raise FileFormatError(f"{stored.path} has the theta {text!r}", needed="a number above 1 and below 1e12")
+    return theta
+
+
+def _read_layer(stored: SafetensorsFile, layer: int, shape: ModelShape) -> LayerGate:
+    """Read and check the arrays of one layer."""
+    arrays = {}
+    for part in PARTS:
+        name = f"layers.{layer}.{part}"
+        if name not in stored.tensors:
+            raise FileFormatError(
+                f"{stored.path} has no tensor {name}", needed=f"gates for the model's {shape.num_layers} layers"
+            )
+        tensor = stored.tensors[name]
+        encoded = EncodedTensor(name, tensor.shape, tensor.encoding, stored.data(name))
+        arrays[part] = np.array(to_float32(encoded), dtype=np.float32, order="C")
+        if not np.isfinite(arrays[part]).all():
+            raise FileFormatError(f"{stored.path}: tensor {name} holds numbers that are not finite")
+    query, key = arrays["query"], arrays["key"]
+    groups, heads = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
+    dim = query.shape[-1] if query.ndim == 3 else 0
+    levels = key.shape[0] if key.ndim == 4 else 0
+    wanted = {
+        "query": (groups, heads * shape.head_dim, dim),
+        "key": (levels, groups, 3 * shape.head_dim, dim),
+        "query_gain": (groups, dim),
+        "key_gain": (levels, groups, dim),
+    }
+    for part, sizes in wanted.items():
+        if arrays[part].shape != sizes or not 16 <= dim <= MAX_GATE_DIM or dim % 16 or not 1 <= levels <= MAX_LEVELS:
+            raise FileFormatError(
+                f"{stored.path}: layers.{layer}.{part} has the shape {list(arrays[part].shape)}",
+                needed=f"{groups} key and value heads of width {shape.head_dim}, a gate width that is a multiple of 16",
+                remedy="train a gate for this model with `dseek train-gate`",
+            )
+    return LayerGate(**arrays)
