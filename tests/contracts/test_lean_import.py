@@ -35,7 +35,9 @@ def test_core_needs_the_standard_library_only() -> None:
     assert _run(code) == "[]"
 
 
-@pytest.mark.parametrize("module", ["dseek.cli.main", "dseek.plan.plan", "dseek.hardware.store", "dseek.models.files"])
+@pytest.mark.parametrize(
+    "module", ["dseek.cli.main", "dseek.plan.plan", "dseek.hardware.store", "dseek.models.files", "dseek.parallel"]
+)
 def test_no_torch_before_a_model_runs_on_it(module: str) -> None:
     assert _run(f"import sys, {module}; print('torch' in sys.modules)") == "False"
 
