@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from dseek.hardware.machine import Machine
 from dseek.models.files import open_model
 from dseek.plan.formats import LayerFormats
 from tests.models import tiny
+from tests.models.test_long_positions import rescaled
 from tests.plan.machines import machine as made_up_machine
 
 
@@ -192,6 +194,66 @@ def test_a_plan_for_another_model_is_refused(
     other = tiny.save("llama-48", tmp_path / "other")
     assert main(["generate", str(other), "a", "--plan", plan_file]) == 2
     assert "the plan is for" in capsys.readouterr().err
+
+
+def test_eval_beyond_the_trained_length_equals_transformers(
+    folder: Path,
+    tmp_path: Path,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from dseek.cli import measuring
+
+    monkeypatch.setattr(measuring, "load_or_measure", lambda **_: machine)
+    text = tmp_path / "text.txt"
+    text.write_text("a small model answers a small question, and then it stops. " * 90)
+    run = [str(folder), "--precision", "fp32", "--context", "768", "--max-position-embeddings", "768"]
+    run += ["--rope-scaling", "yarn"]
+    assert main(["eval", *run, "--text", str(text), "--max-tokens", "768", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["num_windows"], found["num_tokens"]) == (1, 767)
+    with open_model(str(folder)) as files:
+        ids = files.tokenizer().encode(text.read_text())[:768]
+    extended = rescaled(Path(shutil.copytree(folder, tmp_path / "extended")), "yarn")
+    logits = tiny.reference_logits(extended, ids).astype(np.float64)[:-1]
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(767), ids[1:]]
+    assert found["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-4)
+
+    # A plan carries the positions: the command that runs it need not name them, and may not name others.
+    saved = str(tmp_path / "long.json")
+    assert main(["plan", *run, "--save", saved]) == 0
+    assert "at most 768, rotary embedding: yarn" in capsys.readouterr().out
+    prompt = "a small model answers " * 60
+    assert main(["generate", str(folder), prompt, "--plan", saved, "--max-tokens", "3", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["token_ids"]) <= 3
+    assert main(["generate", str(folder), prompt, "--plan", saved, "--max-position-embeddings", "800"]) == 2
+    assert "max_position_embeddings is 768; this model's is 800" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["plan", "generate", "chat", "bench", "eval"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-position-embeddings", "100"], "max position embeddings 100; needed: 256"),
+        (["--rope-scaling", "yarn"], "rope scaling yarn without a number of positions"),
+    ],
+)
+def test_positions_that_cannot_be_had_are_refused(
+    verb: str,
+    options: list[str],
+    message: str,
+    folder: Path,
+    machine: Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from dseek.cli import measuring
+
+    monkeypatch.setattr(measuring, "load_or_measure", lambda **_: machine)
+    needed = {"generate": ["a"], "eval": ["--text", __file__]}.get(verb, [])
+    assert main([verb, str(folder), *needed, *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_load_plans_for_itself(folder: Path, machine: Machine) -> None:

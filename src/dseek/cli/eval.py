@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dseek.cli.options import add_json, add_model, add_run_options, load_from, positive_int
+from dseek.cli.options import add_json, add_model, add_run_options, load_from, open_from, positive_int
 from dseek.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -50,10 +50,9 @@ def run(args: argparse.Namespace) -> int:
     """
     from dseek.engine.evaluate import evaluate
     from dseek.engine.llm import text_token_ids
-    from dseek.models.files import open_model
 
     text = _read(args.text)
-    files = open_model(args.model)
+    files = open_from(args)
     with load_from(args, files, batch=1, **_job(args, files)) as llm:
         token_ids = text_token_ids(llm.files, text)[: args.max_tokens]
         window_tokens = min(args.context or llm.engine.context_tokens, llm.engine.context_tokens)

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dseek.cli.options import add_json, add_model, add_run_options, add_sampling, load_from, sampling_from
+from dseek.cli.options import add_json, add_model, add_run_options, add_sampling, load_from, open_from, sampling_from
 from dseek.core.errors import RequestError
 
 if TYPE_CHECKING:
@@ -50,14 +50,13 @@ def run(args: argparse.Namespace) -> int:
         DseekError: the model, an option or the prompt is unusable.
     """
     from dseek.engine.llm import chat_token_ids, text_token_ids
-    from dseek.models.files import open_model
 
     started_s = time.perf_counter()
     params = sampling_from(args)
     prompt = _read_prompt(args.prompt)
 
     # 1. The prompt and the answer's length decide what is planned for, so they come before the plan.
-    files = open_model(args.model)
+    files = open_from(args)
     if args.chat or args.system is not None:
         token_ids = chat_token_ids(files, _messages(args.system, prompt))
     else:

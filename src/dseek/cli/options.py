@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from dseek.core.errors import DseekError
+
 if TYPE_CHECKING:
     from dseek.engine.llm import LLM
     from dseek.engine.request import SamplingParams
@@ -12,6 +14,9 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
 """Precision modes, as in DSEEK_PRECISION_MODE."""
+
+ROPE_SCALINGS = ("auto", "yarn", "dynamic", "linear", "none")
+"""Ways to go beyond the positions a model was made for, as in `dseek.models.long_positions`."""
 
 
 def positive_int(text: str) -> int:
@@ -61,8 +66,27 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_position_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options that raise a model's limit of positions: --max-position-embeddings, --rope-scaling.
+
+    Args:
+        parser: the verb's parser, or a group of it.
+    """
+    parser.add_argument(
+        "--max-position-embeddings",
+        type=positive_int,
+        metavar="N",
+        help="let positions go up to N, beyond what the model was made for (ask for them with --context)",
+    )
+    parser.add_argument(
+        "--rope-scaling",
+        choices=ROPE_SCALINGS,
+        help="how those positions are rotated (default: auto, which was chosen by measured perplexity)",
+    )
+
+
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that decide how a model runs: --plan, --precision, --threads, --context.
+    """Add the options that decide how a model runs: --plan, --precision, --threads, --context and those of positions.
 
     Args:
         parser: the verb's parser.
@@ -74,6 +98,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: the plan's choice)")
     group.add_argument("--context", type=positive_int, metavar="N", help="tokens a conversation may hold")
+    add_position_options(group)
 
 
 def add_request_options(parser: argparse.ArgumentParser, *aliases: str) -> None:
@@ -165,6 +190,30 @@ def sampling_from(args: argparse.Namespace) -> SamplingParams:
     )
 
 
+def open_from(args: argparse.Namespace) -> ModelFiles:
+    """Open the model that `add_model` and `add_position_options` parsed.
+
+    Args:
+        args: parsed arguments.
+
+    Returns:
+        Its files, with the positions that were asked for.
+
+    Raises:
+        DseekError: the model cannot be opened, or not with these positions.
+    """
+    from dseek.models.files import open_model
+    from dseek.models.long_positions import extend_positions
+
+    files = open_model(args.model)
+    try:
+        files.shape = extend_positions(files.shape, args.max_position_embeddings, args.rope_scaling)
+    except DseekError:
+        files.close()
+        raise
+    return files
+
+
 def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overrides: Any) -> LLM:
     """Load the model that `add_model` and `add_run_options` parsed; measures the machine if nobody has yet.
 
@@ -187,6 +236,8 @@ def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overr
         "plan": args.plan,
         "context": args.context,
         "threads": args.threads,
+        "max_position_embeddings": args.max_position_embeddings,
+        "rope_scaling": args.rope_scaling,
     }
     options.update(overrides)
     if options["plan"] is None:

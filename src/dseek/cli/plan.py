@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dseek.cli.options import PRECISIONS, add_json, add_model, add_request_options, positive_int
+from dseek.cli.options import (
+    PRECISIONS,
+    add_json,
+    add_model,
+    add_position_options,
+    add_request_options,
+    open_from,
+    positive_int,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what counts: the soonest answer, the most tokens a second, the least memory (default: %(default)s)",
     )
     parser.add_argument("--context", type=positive_int, metavar="N", help="tokens a sequence may hold")
+    add_position_options(parser)
     parser.add_argument("--batch", type=positive_int, metavar="N", help="sequences at a time")
     parser.add_argument(
         "--max-quality-loss",
@@ -61,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
         DseekError: the model cannot be opened, a wish cannot be granted, or the memory does not suffice.
     """
     from dseek.cli.measuring import measured_machine
-    from dseek.models.files import open_model
     from dseek.plan.objective import DEFAULT_QUALITY_LOSS, Objective
     from dseek.plan.plan import make
 
@@ -75,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         max_quality_loss=loss,
         memory_limit_bytes=args.memory_limit,
     )
-    files = open_model(args.model)
+    files = open_from(args)
     try:
         shape, encodings = files.shape, files.encodings()
     finally:
@@ -125,7 +133,7 @@ def _summary(plan: Plan, machine: Machine) -> Table:
     from dseek.plan.explain import size_text
     from dseek.plan.weights import formats_text
 
-    predicted = plan.predicted
+    predicted, rope = plan.predicted, plan.shape.rope
     # How much of the memory's bandwidth the decode step would use, where one sequence is decoded at a time.
     streamed_gbs = predicted.streamed_bytes * predicted.decode_tokens_s / plan.max_batch * 1e-9
     share = f" ({100 * streamed_gbs / machine.read_bandwidth_gbs:.0f} % of the read bandwidth)"
@@ -139,6 +147,7 @@ def _summary(plan: Plan, machine: Machine) -> Table:
         ("objective", plan.objective.kind),
         ("typical request", f"prompt of {prompt} tokens, answer of {answer}, in a context of {plan.context_tokens}"),
         ("weights", f"{plan.precision}, stored as {formats_text(plan.layer_formats)}; tables {plan.embedding_format}"),
+        ("positions", f"at most {plan.shape.max_position_embeddings}, rotary embedding: {rope.kind}"),
         ("cache", f"{plan.cache_dtype}, {plan.num_pages} pages of {plan.page_tokens} tokens"),
         ("sequences x context", f"{plan.max_batch} x {plan.context_tokens}"),
         ("kernels, threads, chunk", f"{plan.kernels}, {plan.num_threads}, {plan.prefill_chunk_tokens} tokens"),

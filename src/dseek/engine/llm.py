@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from dseek.core.errors import DseekError, RequestError
+from dseek.core.logs import get_logger
 from dseek.engine.engine import Engine
 from dseek.engine.request import Request, RequestOutput, SamplingParams
 
@@ -28,9 +29,12 @@ if TYPE_CHECKING:
     from dseek.hardware.machine import Machine
     from dseek.models.decoder import Decoder
     from dseek.models.files import ModelFiles
+    from dseek.models.long_positions import Scaling
     from dseek.models.tokenizer import Tokenizer
     from dseek.plan.objective import ObjectiveKind
     from dseek.plan.plan import Plan
+
+logger = get_logger("dseek.engine")
 
 Prompt = str | Sequence[int]
 
@@ -65,6 +69,8 @@ def load(
     objective: ObjectiveKind = "latency",
     max_quality_loss: float | None = None,
     memory_limit_bytes: int | None = None,
+    max_position_embeddings: int | None = None,
+    rope_scaling: Scaling | None = None,
     machine: Machine | None = None,
 ) -> LLM:
     """Open a model, plan its run and make it ready to answer.
@@ -83,6 +89,10 @@ def load(
         objective: what to plan for: latency, throughput or memory.
         max_quality_loss: fraction of perplexity that a faster precision may cost; None takes the plan's default.
         memory_limit_bytes: peak memory that the plan may foresee; None takes the machine's.
+        max_position_embeddings: positions to run with, from the model's own up; None takes those of a given plan, else
+            the model's. It permits a longer `context` and does not ask for one.
+        rope_scaling: how positions beyond the model's own are rotated: auto, yarn, dynamic, linear or none; None is
+            auto. See `dseek.models.long_positions`.
         machine: a measured machine; None takes this one's measurements, made on first use.
 
     Returns:
@@ -94,11 +104,13 @@ def load(
     from dseek.engine.build import build_runner
     from dseek.engine.planning import given_plan, make_plan
     from dseek.models.files import open_model
+    from dseek.models.long_positions import extend_positions
 
     files = open_model(model) if isinstance(model, str) else model
     # The tokenizer is built beside the planning and packing; whoever needs it first waits for it.
     threading.Thread(target=_build_tokenizer, args=(files,), daemon=True).start()
     try:
+        files.shape = extend_positions(files.shape, max_position_embeddings, rope_scaling)
         if plan is None:
             plan = make_plan(
                 files,
@@ -122,11 +134,27 @@ def load(
                 threads=threads,
                 prompt_tokens=prompt_tokens,
                 answer_tokens=answer_tokens,
+                max_position_embeddings=max_position_embeddings,
             )
+        _warn_of_idle_positions(files.shape, plan, max_position_embeddings)
         return LLM(files, plan, build_runner(files, plan))
     except BaseException:
         files.close()
         raise
+
+
+def _warn_of_idle_positions(shape: ModelShape, plan: Plan, max_position_embeddings: int | None) -> None:
+    """Say so where positions were asked for that the context does not reach."""
+    from dseek.models.rope import original_positions
+
+    trained = original_positions(shape)
+    if max_position_embeddings is not None and plan.context_tokens <= trained < max_position_embeddings:
+        logger.warning(
+            "max position embeddings %d: the context is %d tokens, for which the model's own %d suffice",
+            max_position_embeddings,
+            plan.context_tokens,
+            trained,
+        )
 
 
 def _build_tokenizer(files: ModelFiles) -> None:

@@ -92,17 +92,20 @@ def given_plan(
     threads: int | None,
     prompt_tokens: int | None = None,
     answer_tokens: int | None = None,
+    max_position_embeddings: int | None = None,
 ) -> Plan:
     """Read a plan if need be and check it.
 
     Args:
         plan: a plan or the file of one.
-        files: the opened model.
+        files: the opened model; where the plan is for more positions than it has, and nobody asked for a number, it is
+            given the plan's.
         precision: what was asked for beside the plan, or None.
         context: what was asked for beside the plan, or None.
         threads: what was asked for beside the plan, or None.
         prompt_tokens: what was asked for beside the plan, or None.
         answer_tokens: what was asked for beside the plan, or None.
+        max_position_embeddings: what was asked for beside the plan and given to the model already, or None.
 
     Returns:
         The plan.
@@ -114,6 +117,8 @@ def given_plan(
         from dseek import plan as planning
 
         plan = planning.load(plan)
+    if max_position_embeddings is None:
+        _extend_as_planned(files, plan)
     plan.check_model(files.shape)
     decided = {"precision": plan.precision, "context": plan.context_tokens, "threads": plan.num_threads}
     decided["prompt tokens"], decided["answer tokens"] = plan.objective.request(plan.context_tokens)
@@ -126,3 +131,15 @@ def given_plan(
                 remedy=f"leave out {name} or the plan",
             )
     return plan
+
+
+def _extend_as_planned(files: ModelFiles, plan: Plan) -> None:
+    """Give the model the positions that the plan was made for; `Plan.check_model` judges whether they agree then."""
+    from dseek.models.long_positions import SCALINGS, extend_positions
+
+    shape, planned = files.shape, plan.shape
+    if planned.max_position_embeddings > shape.max_position_embeddings:
+        kept = planned.rope.kind == shape.rope.kind and planned.rope.factor == shape.rope.factor
+        kind = "none" if kept else planned.rope.kind
+        if kind in SCALINGS:
+            files.shape = extend_positions(shape, planned.max_position_embeddings, kind)

@@ -35,11 +35,14 @@ class TorchRunner(Runner):
         decoder: the model; its dtype and device are those of the run and of the cache.
         num_pages: pages of the cache.
         page_tokens: positions a page holds.
+        context_tokens: longest sequence; a rotation that depends on the length is that of this length for all, so that
+            it does not matter how a text is cut into batches.
     """
 
-    def __init__(self, decoder: Decoder, *, num_pages: int, page_tokens: int) -> None:
+    def __init__(self, decoder: Decoder, *, num_pages: int, page_tokens: int, context_tokens: int) -> None:
         self.num_pages = num_pages
         self.page_tokens = page_tokens
+        self.context_tokens = context_tokens
         self._decoder: Decoder | None = decoder.eval()
         shape = decoder.shape
         weight = decoder.model.embed_tokens.weight
@@ -70,7 +73,12 @@ class TorchRunner(Runner):
             )
         torch.set_num_threads(plan.num_threads)
         decoder = Decoder.from_files(files, DTYPES[plan.precision], device)
-        return cls(decoder.requires_grad_(False), num_pages=plan.num_pages, page_tokens=plan.page_tokens)
+        return cls(
+            decoder.requires_grad_(False),
+            num_pages=plan.num_pages,
+            page_tokens=plan.page_tokens,
+            context_tokens=plan.context_tokens,
+        )
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> np.ndarray:
@@ -86,10 +94,9 @@ class TorchRunner(Runner):
         model = self._decoder.model
         sequences = [_Sequence(batch, index, self.page_tokens) for index in range(batch.num_sequences)]
 
-        # 1. Embed the rows and rotate by their positions (some rotations depend on a sequence's length).
+        # 1. Embed the rows and rotate by their positions.
         x_RD = model.embed_tokens(self._tensor(batch.token_ids))
-        rotations = [model.rotary_emb(self._tensor(sequence.positions), x_RD.dtype) for sequence in sequences]
-        rotation = (torch.cat([cos for cos, _ in rotations]), torch.cat([sin for _, sin in rotations]))
+        rotation = model.rotary_emb(self._tensor(batch.positions), x_RD.dtype, self.context_tokens)
 
         # 2. The blocks. New keys and values go to the rows' own slots, then each sequence reads all of its slots.
         slots_R = self._tensor(np.concatenate([sequence.slots[sequence.first :] for sequence in sequences]))

@@ -17,7 +17,7 @@ from torch import nn
 
 from dseek.core.shape import ModelShape
 from dseek.models.kv_cache import KVCache
-from dseek.models.rope import inverse_frequencies
+from dseek.models.rope import inverse_frequencies, original_positions
 from dseek.ops.attention.reference import visible
 from dseek.ops.attention.rotary import rotate
 from dseek.ops.norm.reference import rms_norm
@@ -68,17 +68,29 @@ class Rotary(nn.Module):
         self.frequencies = torch.from_numpy(self.values.copy()).to(self.frequencies.device)
         return self
 
-    def forward(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give cosine and sine [T, d / 2] in `dtype` for positions [T]."""
-        angles = positions[:, None].float() * self._frequencies(positions)
+    def forward(
+        self, positions: torch.Tensor, dtype: torch.dtype, context_tokens: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn positions.
+
+        Args:
+            positions: int [T].
+            dtype: of the result.
+            context_tokens: length of the text, which only the dynamic kind looks at; None ends it with `positions`.
+
+        Returns:
+            Cosine and sine, [T, d / 2] each.
+        """
+        angles = positions[:, None].float() * self._frequencies(positions, context_tokens)
         return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
 
-    def _frequencies(self, positions: torch.Tensor) -> torch.Tensor:
-        rope, limit, width = self.shape.rope, self.shape.max_position_embeddings, self.shape.head_dim
+    def _frequencies(self, positions: torch.Tensor, context_tokens: int | None) -> torch.Tensor:
+        rope, limit, width = self.shape.rope, original_positions(self.shape), self.shape.head_dim
         if rope.kind != "dynamic":
             return self.frequencies
         # The base grows with the text, by the steps of `dseek.models.rope` but traceable.
-        tokens = (positions[-1] + 1).clamp(min=limit).float()
+        length = positions[-1] + 1 if context_tokens is None else positions.new_tensor(context_tokens)
+        tokens = length.clamp(min=limit).float()
         theta = rope.theta * (rope.factor * tokens / limit - (rope.factor - 1.0)) ** (width / (width - 2))
         exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
         return 1.0 / theta**exponents

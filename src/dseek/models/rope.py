@@ -27,8 +27,8 @@ def rope_table(
     Args:
         shape: the model.
         num_positions: rows of the table, positions 0 to num_positions - 1.
-        context_tokens: length of the text, which only the dynamic kind looks at: beyond `max_position_embeddings` it
-            lowers the frequencies. None means no longer than that.
+        context_tokens: length of the text, which only the dynamic kind looks at: beyond `original_positions` it lowers
+            the frequencies. None means no longer than that.
 
     Returns:
         Cosine and sine, each float32 [num_positions, head_dim / 2], with the attention factor multiplied in. Column i
@@ -121,7 +121,7 @@ def _plain(theta: float | np.float32, head_dim: int) -> np.ndarray:
 
 
 def _dynamic_theta(shape: ModelShape, context_tokens: int | None) -> np.float32:
-    limit = shape.max_position_embeddings
+    limit = original_positions(shape)
     tokens = limit if context_tokens is None else max(context_tokens, limit)
     factor = shape.rope.factor
     stretch = np.float32(factor) * np.float32(tokens) / np.float32(limit) - np.float32(factor - 1.0)
