@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         DseekError: the model, the text or an option is unusable.
     """
     from dseek.engine.evaluate import evaluate
-    from dseek.engine.llm import text_token_ids
+    from dseek.engine.prompts import text_token_ids
 
     text = _read(args.text)
     files = open_from(args)

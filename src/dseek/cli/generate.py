@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DseekError: the model, an option or the prompt is unusable.
     """
-    from dseek.engine.llm import chat_token_ids, text_token_ids
+    from dseek.engine.prompts import chat_token_ids, text_token_ids
 
     started_s = time.perf_counter()
     params = sampling_from(args)

@@ -100,7 +100,7 @@ def _texts(files: ModelFiles, paths: list[str], count: int, num_tokens: int, see
     """Draw token sequences: files in a random order, joined until each is long enough."""
     import torch
 
-    from dseek.engine.llm import text_token_ids
+    from dseek.engine.prompts import text_token_ids
 
     if num_tokens < LEAST_TOKENS:
         raise RequestError(f"samples of {num_tokens} tokens", needed=f"at least {LEAST_TOKENS}")

@@ -195,13 +195,18 @@ def train_gates(
                 group["lr"] = config.learning_rate * rise * fall
             optimizer.zero_grad()
             samples = read_samples(files[index], len(gates))
-            loss = torch.stack([gate_loss(gate, sample, config) for gate, sample in zip(gates, samples, strict=True)])
+            losses = [gate_loss(gate, sample, config) for gate, sample in zip(_as_list(gates), samples, strict=True)]
+            loss = torch.stack(losses)
             loss.sum().backward()
             optimizer.step()
             total += float(loss.mean())
             step += 1
         _keep(parameters, optimizer, state_file, config, num_pass + 1)
         progress("passes", num_pass + 1, config.num_passes, {"loss": total / len(files)})
+
+
+def _as_list(gates: torch.nn.ModuleList) -> list[Gate]:
+    return [gate for gate in gates if isinstance(gate, Gate)]
 
 
 def _keep(
@@ -252,7 +257,7 @@ def save_gates(gates: torch.nn.ModuleList, theta: float, path: Path) -> None:
     """
     tensors = {
         f"layers.{layer}.{part}": getattr(gate, part).detach().bfloat16().contiguous()
-        for layer, gate in enumerate(gates)
+        for layer, gate in enumerate(_as_list(gates))
         for part in gate_file.PARTS
     }
     atomic_write_bytes(path, to_safetensors(tensors, {"format": gate_file.FORMAT, "theta": repr(theta)}))
