@@ -20,6 +20,7 @@ Scaling = Literal["auto", "yarn", "dynamic", "linear", "none"]
 SCALINGS: tuple[Scaling, ...] = get_args(Scaling)
 
 AUTO: Scaling = "yarn"
+"""The best at 16,384 tokens of SmolLM2; see docs/lab-log.md, "positions beyond the trained length"."""
 
 MAX_EXTENDED_POSITIONS = 2**24
 """Positions are turned in float32, which holds every whole number up to here."""
