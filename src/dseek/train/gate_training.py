@@ -199,7 +199,7 @@ def train_gates(
             loss = torch.stack(losses)
             loss.sum().backward()
             optimizer.step()
-            total += float(loss.mean())
+            total += float(loss.detach().mean())
             step += 1
         _keep(parameters, optimizer, state_file, config, num_pass + 1)
         progress("passes", num_pass + 1, config.num_passes, {"loss": total / len(files)})
