@@ -78,8 +78,8 @@ def select(
         start: position of the first query; None means the queries are the newest rows, S - T.
         windows: window of each group in tokens; None is the pattern's for all.
         scorer: scores cells; None is `mean_key_scorer`.
-        kept: choices made earlier; a block that is in it is not chosen again. Where the first query's block begins
-            before `start`, it must be.
+        kept: choices made earlier (of tokens that still stand); a block that is in it is not chosen again. Where the
+            first query's block begins before `start`, it must be.
 
     Returns:
         The choices of the blocks from the first query's to the last one's.
