@@ -90,6 +90,12 @@ def test_the_cell_that_the_window_cuts_is_opened_unasked() -> None:
     assert choice.num_scores == 0
 
 
+@pytest.mark.parametrize(("query_block", "highest"), [(2047, 2), (2048, 2), (2049, 3), (4000, 3)])
+def test_the_descent_starts_from_the_level_of_the_position(query_block: int, highest: int) -> None:
+    choice = choose(AttentionPattern(kind="dynamic", window_tokens=64, top_blocks=0), query_block, 0, random_scores)
+    assert max(level for level, _ in choice.far_cells) == highest
+
+
 def test_among_equal_scores_the_lower_index_wins() -> None:
     def equal(query_block: int, group: int, level: int, indices: Sequence[int]) -> list[float]:
         return [1.0] * len(indices)
