@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from dseek.core.attention_pattern import AttentionPattern
+from dseek.core.attention_pattern import AttentionPattern, Kind
 from dseek.ops.attention import merged
 from dseek.ops.attention.dynamic_reference import dynamic_attention
 from dseek.ops.attention.merged import merge, merged_dynamic_attention
@@ -26,9 +27,11 @@ def drawn(num_tokens: int, heads: int = 4, groups: int = 2, size: int = 16) -> l
     return [draw(*shape, seed=seed) for seed, shape in enumerate(shapes)]
 
 
-def run(operator, inputs: list[torch.Tensor], selection: Selection, dtype: torch.dtype) -> list[torch.Tensor]:
+def run(
+    operator: Callable[..., torch.Tensor], inputs: list[torch.Tensor], selection: Selection, dtype: torch.dtype
+) -> list[torch.Tensor]:
     """Output, and gradients of q, k, v and the bias."""
-    q, k, v, bias = leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+    q, k, v, bias = leaves = [tensor.detach().to(dtype, copy=True).requires_grad_() for tensor in inputs]
     out = operator(q, k, v, selection, level_bias_HL=bias)
     (out * draw(*out.shape, seed=9).to(dtype)).sum().backward()
     return [out.detach(), *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
@@ -52,7 +55,7 @@ def test_output_and_gradients_are_autograds(num_tokens: int, dtype: torch.dtype,
 
 @pytest.mark.parametrize(("heads", "groups"), [(2, 2), (3, 1), (6, 2)])
 @pytest.mark.parametrize("kind", ["dense", "window", "dynamic"])
-def test_every_kind_and_grouping(kind, heads: int, groups: int) -> None:
+def test_every_kind_and_grouping(kind: Kind, heads: int, groups: int) -> None:
     inputs = drawn(500, heads, groups)
     selection = select(inputs[0], inputs[1], AttentionPattern(kind=kind, window_tokens=64, top_blocks=1))
     expected = run(dynamic_attention, inputs, selection, torch.float64)
