@@ -24,6 +24,12 @@ RADIX = 8
 WINDOWS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Windows a key-value head may have, in tokens before the query's own block."""
 
+LOWEST_TOP_LEVEL = 2
+"""Top level of short sequences: with the tokens themselves, four resolutions (1, 64, 512 and 4096 tokens)."""
+
+MAX_TOP_CELLS = 32
+"""Complete cells of the top level that a descent may start from; one more and the top level is the next one."""
+
 MAX_TOP_BLOCKS = 4096
 
 
@@ -49,19 +55,15 @@ class AttentionPattern:
         if self.kind not in KINDS:
             raise ConfigError(f"the attention pattern is {self.kind!r}", needed="one of " + ", ".join(KINDS))
         for window in self.window_tokens:
-            if window not in WINDOWS:
-                raise ConfigError(
-                    f"an attention window of {window} tokens", needed="one of " + ", ".join(map(str, WINDOWS))
-                )
+            check_window(window)
         if self.kind == "dense" and self.window_tokens:
             raise ConfigError("a dense attention pattern with a window", remedy="take the pattern window or dynamic")
         if self.kind != "dense" and not self.window_tokens:
             raise ConfigError(f"a {self.kind} attention pattern without a window", needed="a window for every head")
-        least = 1 if self.kind == "dynamic" else 0
         most = MAX_TOP_BLOCKS if self.kind == "dynamic" else 0
-        if not least <= self.top_blocks <= most:
+        if not 0 <= self.top_blocks <= most:
             raise ConfigError(
-                f"a {self.kind} attention pattern that selects {self.top_blocks} blocks", needed=f"{least} to {most}"
+                f"a {self.kind} attention pattern that selects {self.top_blocks} blocks", needed=f"0 to {most}"
             )
         if self.far and self.kind != "dynamic":
             raise ConfigError(f"a {self.kind} attention pattern with far cells", remedy="take the pattern dynamic")
@@ -101,13 +103,94 @@ DENSE = AttentionPattern()
 """Attention to everything before."""
 
 
-def top_level(num_tokens: int) -> int:
-    """Return the level of the largest cells of a context: 2 (4,096 tokens) up to 131,072, one more for each 8x beyond.
+def check_window(window_tokens: int) -> None:
+    """Refuse a window that is none of `WINDOWS`.
 
     Args:
-        num_tokens: positions that the context may hold.
+        window_tokens: tokens.
+
+    Raises:
+        ConfigError: another value.
     """
-    level, reach = 2, 2**17
-    while reach < num_tokens and level < 5:
-        level, reach = level + 1, reach * RADIX
+    if isinstance(window_tokens, int) and not isinstance(window_tokens, bool) and window_tokens in WINDOWS:
+        return
+    nearest = None
+    if isinstance(window_tokens, int):
+        nearest = f"use {min(WINDOWS, key=lambda size: abs(size - window_tokens))}, the nearest one"
+    raise ConfigError(
+        f"a window of {window_tokens!r} tokens", needed="one of " + ", ".join(map(str, WINDOWS)), remedy=nearest
+    )
+
+
+def cell_blocks(level: int) -> int:
+    """Blocks in a cell.
+
+    Args:
+        level: level of the cell, 0 or more.
+
+    Returns:
+        1, 8, 64, ...
+    """
+    return int(RADIX**level)
+
+
+def cell_tokens(level: int) -> int:
+    """Tokens in a cell.
+
+    Args:
+        level: level of the cell, 0 or more.
+
+    Returns:
+        64, 512, 4096, ...
+    """
+    return BLOCK_TOKENS * cell_blocks(level)
+
+
+def top_level(num_tokens: int) -> int:
+    """Level that a descent over the first tokens of a sequence starts from.
+
+    It depends on what lies before the query's block alone, never on the length of the sequence, so that a sequence that
+    grows does not change what earlier queries attended to.
+
+    Args:
+        num_tokens: tokens in the complete blocks before the query's block.
+
+    Returns:
+        2 up to 131,072 tokens, 3 up to 1,048,576, and so on: the lowest level from 2 on with at most 32 complete cells.
+    """
+    level = LOWEST_TOP_LEVEL
+    while num_tokens > MAX_TOP_CELLS * cell_tokens(level):
+        level += 1
     return level
+
+
+def num_levels(num_tokens: int) -> int:
+    """Levels of cells that a sequence needs, the tokens themselves not counted.
+
+    Args:
+        num_tokens: length of the sequence.
+
+    Returns:
+        `top_level(num_tokens) + 1`: 3 up to 131,072 tokens.
+    """
+    return top_level(num_tokens) + 1
+
+
+def start_cells(num_blocks: int, highest: int) -> list[tuple[int, int]]:
+    """Tile the first blocks of a sequence with complete cells, from the left, always the largest that fits.
+
+    Args:
+        num_blocks: blocks to tile.
+        highest: level of the largest cells to use.
+
+    Returns:
+        (level, index) of each cell, from left to right; levels never rise.
+    """
+    cells: list[tuple[int, int]] = []
+    tiled = 0
+    for level in range(highest, -1, -1):
+        width = cell_blocks(level)
+        first, past = tiled // width, num_blocks // width
+        cells += [(level, index) for index in range(first, past)]
+        tiled = past * width
+    return cells

@@ -159,7 +159,7 @@ void Pyramid::select(const HeadView& head, int query_block, const Budget& budget
         }
         std::copy(chosen.begin(), chosen.end(), kept + 1);
     };
-    descend(query_block, top_, budget, open, room.selection, room.descent);
+    descend(query_block, top_at(query_block), budget, open, room.selection, room.descent);
 }
 
 void Pyramid::recall(const HeadView& head, int query_block, const Budget& budget, SelectionRoom& room) const {
@@ -168,7 +168,7 @@ void Pyramid::recall(const HeadView& head, int query_block, const Budget& budget
         const size_t count = std::min(candidates.size(), static_cast<size_t>(std::max(kept[0], 0)));
         chosen.assign(kept + 1, kept + 1 + std::min(count, static_cast<size_t>(top_blocks_)));
     };
-    descend(query_block, top_, budget, open, room.selection, room.descent);
+    descend(query_block, top_at(query_block), budget, open, room.selection, room.descent);
 }
 
 FarCells Pyramid::gather_far(const HeadView& head, int num_heads, const float* level_bias, float scale,

@@ -5,6 +5,7 @@
 // both, and dropping the newest tokens drops both.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "common/cells.h"
@@ -78,6 +79,10 @@ public:
                         SelectionRoom& room) const;
 
 private:
+    // Where a descent starts: what came before decides, not how long the sequence will become.
+    int top_at(int query_block) const {
+        return std::min(top_, top_level(static_cast<int64_t>(query_block) * kPageTokens));
+    }
     uint8_t* record(const HeadView& head, int block) const;
     float* means(const HeadView& head, const Cell& cell) const;
     float* statistics(const HeadView& head, const Cell& cell) const;  // [3][d] and the gate's key [dim]
