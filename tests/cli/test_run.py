@@ -15,6 +15,7 @@ import pytest
 from dseek import plan as planning
 from dseek.cli.main import main
 from dseek.cli.report import Limits, limits, planned_machine
+from dseek.core.attention_pattern import AttentionPattern
 from dseek.core.errors import ConfigError
 from dseek.engine.llm import load
 from dseek.hardware.machine import Machine
@@ -179,6 +180,7 @@ def test_chat_talks(
         (["--precision", "int8"], "precision int8 contradicts the plan, which says fp32"),
         (["--context", "64"], "context 64 contradicts the plan, which says 128"),
         (["--threads", "9"], "threads 9 contradicts the plan"),
+        (["--attention", "window"], "the attention asked for contradicts the plan, which says dense"),
     ],
 )
 def test_an_option_that_contradicts_the_plan_is_refused(
@@ -354,3 +356,32 @@ def test_a_machine_that_is_not_kept_has_no_limits(plan_file: str, cache_dir: Pat
     (cache_dir / "machines" / "torchonly.json").unlink()
     assert planned_machine(plan) is None
     assert limits(plan, None) is None
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("verb", ["generate", "chat", "bench", "eval"])
+def test_every_verb_runs_the_attention_asked_for(
+    verb: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dseek.cli import measuring
+
+    monkeypatch.setattr(measuring, "load_or_measure", lambda **_: made_up_machine())
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/exit\n"))
+    made: list[planning.Plan] = []
+    real = planning.make
+    monkeypatch.setattr(planning, "make", lambda *args, **options: made.append(real(*args, **options)) or made[-1])
+    text = tmp_path / "text.txt"
+    text.write_text("a small model answers a small question, and then it stops. " * 9)
+    rest = {
+        "generate": ["the quick", "--max-tokens", "3"],
+        "chat": ["--max-tokens", "3"],
+        "bench": ["--contexts", "150", "--batches", "1", "--tokens", "2", "--repeats", "1"],
+        "eval": ["--text", str(text)],
+    }
+    options = ["--attention", "dynamic", "--attention-window", "64", "--attention-top-blocks", "1", "--attention-far"]
+    assert main([verb, str(folder), *rest[verb], "--precision", "fp32", *options]) == 0
+    expected = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=1, far=True)
+    assert [set(plan.attention_patterns) for plan in made] == [{expected}]
+    captured = capsys.readouterr()
+    if verb != "chat":
+        assert "window 64 and 1 block, means of the rest" in captured.out + captured.err

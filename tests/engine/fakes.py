@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dseek.core.attention_pattern import DENSE
 from dseek.engine.batch import Batch
 from dseek.engine.engine import Engine
 from dseek.engine.llm import LLM
@@ -145,6 +146,7 @@ def make_plan(runner: FakeRunner, **changes: Any) -> Any:
         "num_threads": 1,
         "cache_dtype": "fp32",
         "machine_id": "none",
+        "attention_patterns": (DENSE,),
     }
     return SimpleNamespace(**(fields | changes))
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dseek.core.attention_pattern import DENSE
 from dseek.core.errors import ConfigError
 from dseek.engine.engine import Engine
 from dseek.engine.llm import LLM
@@ -37,6 +38,7 @@ def make_plan(**changes: Any) -> Any:
         "context_tokens": 128,
         "max_batch": 8,
         "prefill_chunk_tokens": 64,
+        "attention_patterns": (DENSE,),
     }
     return SimpleNamespace(**(fields | changes))
 

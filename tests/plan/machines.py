@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+from dseek.core.attention_pattern import DENSE
 from dseek.core.shape import ModelShape
 from dseek.hardware.blocks import SHAPES as BLOCK_SHAPES
 from dseek.hardware.machine import FORMAT_VERSION, BlockCurve, Machine, Overheads
@@ -194,6 +195,7 @@ def layout_of(shape: ModelShape, variant: Variant, cache_dtype: CacheDtype, *, b
         embedding_format=variant.table_format,
         head_format=variant.table_format,
         cache_dtype=cache_dtype,
+        attention_patterns=(DENSE,) * shape.num_layers,
         num_pages=batch * 128,
         max_batch=batch,
         prefill_chunk_tokens=512,

@@ -58,6 +58,27 @@ def test_a_mixed_plan_in_the_table(capsys: pytest.CaptureFixture[str], monkeypat
     assert "of 30 layers, i" in text
 
 
+def test_attention_in_the_table_and_in_the_plan(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["plan", "m", "--context", "8192", "--max-quality-loss", "0"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("attention: dense", "window 512", "window 256 and 8 blocks", "0 % accepted"):
+        assert expected in text
+    for options, expected in (
+        (["--attention", "dense"], {"kind": "dense", "window_tokens": [], "top_blocks": 0, "far": False}),
+        (["--attention-window", "64"], {"kind": "window", "window_tokens": [64], "top_blocks": 0, "far": False}),
+        (
+            ["--attention", "dynamic", "--attention-window", "auto", "--attention-top-blocks", "7", "--attention-far"],
+            {"kind": "dynamic", "window_tokens": [256], "top_blocks": 7, "far": True},
+        ),
+    ):
+        assert main(["plan", "m", "--json", *options]) == 0
+        patterns = json.loads(capsys.readouterr().out)["attention_patterns"]
+        assert patterns == [expected] * SMALL.num_layers
+
+
 def test_plan_warns_of_a_disturbed_measurement(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +105,9 @@ def test_plan_json_and_saved_file_agree(capsys: pytest.CaptureFixture[str], tmp_
         (["--max-quality-loss", "-1"], "quality loss"),
         (["--context", "512", "--prompt-tokens", "512"], "at most the context's 512"),
         (["--answer-tokens", "9000"], "--answer-tokens"),
+        (["--attention", "dense", "--attention-window", "64"], "dense attention with a wish about the window"),
+        (["--attention", "window", "--no-attention-far"], "window attention with a wish about selected blocks"),
+        (["--attention-top-blocks", "5000"], "1 to 4096"),
     ],
 )
 def test_a_users_error_is_one_line_and_status_2(

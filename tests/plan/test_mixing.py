@@ -10,9 +10,9 @@ import pytest
 
 from dseek.core.errors import ConfigError
 from dseek.plan import Objective, Plan, make, mixing, quality
+from dseek.plan.chooser import TIE
 from dseek.plan.explain import Alternative, Choice
 from dseek.plan.formats import ROLES, VARIANTS, LayerFormats
-from dseek.plan.search import TIE
 from dseek.plan.weights import Weights, formats_text, uniform
 from tests.plan.machines import MIDDLING, SMALL, machine
 

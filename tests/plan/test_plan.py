@@ -57,11 +57,18 @@ def changed(plan: Plan, path: tuple[str | int, ...], value: Any) -> str:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("version",), 2, "version 1"),
+        (("version",), 1, "version 2"),
         (("precision",), "int7", "one of fp32"),
         (("kernels",), "cuda", "native, torch"),
         (("layer_formats", 3, "down"), "i2", r"layer_formats\[3\].down"),
         (("layer_formats",), [], "one a layer, 30"),
+        (("attention_patterns",), [], "one a layer, 30"),
+        (("attention_patterns", 1, "window_tokens"), [64], "dense attention pattern with a window"),
+        (
+            ("attention_patterns", 2),
+            {"kind": "window", "window_tokens": [64, 128], "top_blocks": 0, "far": False},
+            "1, or one for each of 3 key-value heads",
+        ),
         (("page_tokens",), 32, "64"),
         (("num_pages",), 2**40, "num_pages"),
         (("num_pages",), 0, "num_pages"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from dseek.core.attention_pattern import KINDS, WINDOWS
 from dseek.core.errors import DseekError
 
 if TYPE_CHECKING:
@@ -17,6 +18,9 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
 
 ROPE_SCALINGS = ("auto", "yarn", "dynamic", "linear", "none")
 """Ways to go beyond the positions a model was made for, as in `dseek.models.long_positions`."""
+
+ATTENTIONS = ("auto", *KINDS)
+"""What attention may be asked for."""
 
 
 def positive_int(text: str) -> int:
@@ -86,7 +90,7 @@ def add_position_options(parser: argparse._ActionsContainer) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that decide how a model runs: --plan, --precision, --threads, --context and those of positions.
+    """Add the options that decide how a model runs: --plan, --precision, --threads, --context, positions and attention.
 
     Args:
         parser: the verb's parser.
@@ -99,6 +103,55 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: the plan's choice)")
     group.add_argument("--context", type=positive_int, metavar="N", help="tokens a conversation may hold")
     add_position_options(group)
+    add_attention_options(group)
+
+
+def add_attention_options(parser: argparse._ActionsContainer) -> None:
+    """Add the options about attention: --attention, --attention-window, --attention-top-blocks, --attention-far.
+
+    Args:
+        parser: the verb's parser, or a group of it.
+    """
+    parser.add_argument(
+        "--attention",
+        choices=ATTENTIONS,
+        help="what a position attends to: everything, a window, or a window and the best blocks (default: auto)",
+    )
+    parser.add_argument(
+        "--attention-window",
+        choices=("auto", *map(str, WINDOWS)),
+        metavar="N",
+        help="tokens of the window: auto, or 64, 128, ... 4096 (alone it means --attention window)",
+    )
+    parser.add_argument(
+        "--attention-top-blocks",
+        type=positive_int,
+        metavar="K",
+        help="blocks of 64 tokens that are selected (means --attention dynamic)",
+    )
+    parser.add_argument(
+        "--attention-far",
+        action=argparse.BooleanOptionalAction,
+        help="let what is not selected count by its means, or leave it out (means --attention dynamic)",
+    )
+
+
+def attention_from(args: argparse.Namespace) -> dict[str, Any]:
+    """Collect what `add_attention_options` parsed.
+
+    Args:
+        args: parsed arguments.
+
+    Returns:
+        Keyword arguments of `dseek.load`.
+    """
+    window = args.attention_window
+    return {
+        "attention": args.attention,
+        "attention_window": None if window in (None, "auto") else int(window),
+        "attention_top_blocks": args.attention_top_blocks,
+        "attention_far": args.attention_far,
+    }
 
 
 def add_request_options(parser: argparse.ArgumentParser, *aliases: str) -> None:
@@ -238,6 +291,7 @@ def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overr
         "threads": args.threads,
         "max_position_embeddings": args.max_position_embeddings,
         "rope_scaling": args.rope_scaling,
+        **attention_from(args),
     }
     options.update(overrides)
     if options["plan"] is None:

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from dseek.cli.options import (
     PRECISIONS,
+    add_attention_options,
     add_json,
     add_model,
     add_position_options,
     add_request_options,
+    attention_from,
     open_from,
     positive_int,
 )
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: chosen)")
     parser.add_argument("--save", metavar="FILE", help="write the plan to a file that every command takes as --plan")
     add_request_options(parser, "--prompt")
+    add_attention_options(parser.add_argument_group("attention"))
     add_json(parser)
 
 
@@ -70,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         DseekError: the model cannot be opened, a wish cannot be granted, or the memory does not suffice.
     """
     from dseek.cli.measuring import measured_machine
+    from dseek.plan.attention_wish import AttentionWish
     from dseek.plan.objective import DEFAULT_QUALITY_LOSS, Objective
     from dseek.plan.plan import make
 
@@ -82,6 +86,13 @@ def run(args: argparse.Namespace) -> int:
         answer_tokens=args.answer_tokens,
         max_quality_loss=loss,
         memory_limit_bytes=args.memory_limit,
+    )
+    asked = attention_from(args)
+    wish = AttentionWish(
+        kind=asked["attention"],
+        window_tokens=asked["attention_window"],
+        top_blocks=asked["attention_top_blocks"],
+        far=asked["attention_far"],
     )
     files = open_from(args)
     try:
@@ -97,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         precision=args.precision,
         num_threads=args.threads,
+        attention=wish,
     )
     if args.save:
         plan.save(args.save)
@@ -130,6 +142,7 @@ def _summary(plan: Plan, machine: Machine) -> Table:
     from rich.table import Table
 
     from dseek.hardware.store import BUSY
+    from dseek.plan.attention_wish import patterns_text
     from dseek.plan.explain import size_text
     from dseek.plan.weights import formats_text
 
@@ -148,6 +161,7 @@ def _summary(plan: Plan, machine: Machine) -> Table:
         ("typical request", f"prompt of {prompt} tokens, answer of {answer}, in a context of {plan.context_tokens}"),
         ("weights", f"{plan.precision}, stored as {formats_text(plan.layer_formats)}; tables {plan.embedding_format}"),
         ("positions", f"at most {plan.shape.max_position_embeddings}, rotary embedding: {rope.kind}"),
+        ("attention", patterns_text(plan.attention_patterns)),
         ("cache", f"{plan.cache_dtype}, {plan.num_pages} pages of {plan.page_tokens} tokens"),
         ("sequences x context", f"{plan.max_batch} x {plan.context_tokens}"),
         ("kernels, threads, chunk", f"{plan.kernels}, {plan.num_threads}, {plan.prefill_chunk_tokens} tokens"),

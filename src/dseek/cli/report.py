@@ -178,6 +178,10 @@ def plan_line(plan: Plan) -> str:
     Returns:
         Such as `int8 on native kernels, 2 threads, cache bf16`.
     """
+    from dseek.plan.attention_wish import patterns_text
+
     threads = f"{plan.num_threads} thread{'' if plan.num_threads == 1 else 's'}"
     cache = f"{plan.cache_dtype} cache of {plan.context_tokens} tokens"
-    return f"{plan.precision} on {plan.kernels} kernels, {threads}, {cache}"
+    sparse = any(pattern.kind != "dense" for pattern in plan.attention_patterns)
+    attention = f", attention: {patterns_text(plan.attention_patterns)}" if sparse else ""
+    return f"{plan.precision} on {plan.kernels} kernels, {threads}, {cache}{attention}"

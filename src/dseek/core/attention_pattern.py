@@ -97,6 +97,10 @@ class AttentionPattern:
         return own + blocks * BLOCK_TOKENS
 
 
+DENSE = AttentionPattern()
+"""Attention to everything before."""
+
+
 def top_level(num_tokens: int) -> int:
     """Return the level of the largest cells of a context: 2 (4,096 tokens) up to 131,072, one more for each 8x beyond.
 

@@ -73,6 +73,10 @@ def load(
     max_position_embeddings: int | None = None,
     rope_scaling: Scaling | None = None,
     machine: Machine | None = None,
+    attention: str | None = None,
+    attention_window: int | None = None,
+    attention_top_blocks: int | None = None,
+    attention_far: bool | None = None,
 ) -> LLM:
     """Open a model, plan its run and make it ready to answer.
 
@@ -95,6 +99,11 @@ def load(
         rope_scaling: how positions beyond the model's own are rotated: auto, yarn, dynamic, linear or none; None is
             auto. See `dseek.models.long_positions`.
         machine: a measured machine; None takes this one's measurements, made on first use.
+        attention: auto, dense, window or dynamic; None is auto, or what the options below are about. What is asked for
+            is had whatever quality it costs.
+        attention_window: tokens that every position sees before its own block: 64, 128, ... 4096; None chooses.
+        attention_top_blocks: blocks of 64 tokens that dynamic attention selects beside the window; None chooses.
+        attention_far: whether what dynamic attention does not select counts by its means; None is False.
 
     Returns:
         The loaded model.
@@ -106,7 +115,11 @@ def load(
     from dseek.engine.planning import given_plan, make_plan
     from dseek.models.files import open_model
     from dseek.models.long_positions import extend_positions
+    from dseek.plan.attention_wish import AttentionWish
 
+    wish = AttentionWish(
+        kind=attention, window_tokens=attention_window, top_blocks=attention_top_blocks, far=attention_far
+    )
     files = open_model(model) if isinstance(model, str) else model
     # The tokenizer is built beside the planning and packing; whoever needs it first waits for it.
     threading.Thread(target=_build_tokenizer, args=(files,), daemon=True).start()
@@ -125,6 +138,7 @@ def load(
                 max_quality_loss=max_quality_loss,
                 memory_limit_bytes=memory_limit_bytes,
                 machine=machine,
+                attention=wish,
             )
         else:
             plan = given_plan(
@@ -136,6 +150,7 @@ def load(
                 prompt_tokens=prompt_tokens,
                 answer_tokens=answer_tokens,
                 max_position_embeddings=max_position_embeddings,
+                attention=wish,
             )
         _warn_of_idle_positions(files.shape, plan, max_position_embeddings)
         return LLM(files, plan, build_runner(files, plan))

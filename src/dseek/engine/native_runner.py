@@ -33,7 +33,7 @@ class NativeRunner(Runner):
 
     Args:
         files: the opened model; its weights are packed here and its pages may then be dropped.
-        plan: formats, cache, threads.
+        plan: formats, attention, cache, threads.
 
     Raises:
         ConfigError: there are no native kernels, or the plan's pages have another size than theirs.
@@ -96,6 +96,10 @@ def _build(compiled: ModuleType, files: ModelFiles, plan: Plan) -> Any:
         windowed = shape.window_layers is None or shape.window_layers[layer]
         window = shape.sliding_window if shape.sliding_window is not None and windowed else 0
         decoder.add_block(**_block(files, f"model.layers.{layer}.", formats), window=window)
+        pattern = plan.attention_patterns[layer]
+        if pattern.kind != "dense":
+            near_blocks = list(pattern.near_blocks(shape.num_kv_heads))
+            decoder.set_pattern(layer, near_blocks=near_blocks, top_blocks=pattern.top_blocks, far=pattern.far)
         files.release()
     tied = not files.has("lm_head.weight")
     embedding = pack(plan.embedding_format, [files.tensor("model.embed_tokens.weight")], to_float32)

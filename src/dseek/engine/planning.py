@@ -11,6 +11,7 @@ from dseek.core.errors import ConfigError
 if TYPE_CHECKING:
     from dseek.hardware.machine import Machine
     from dseek.models.files import ModelFiles
+    from dseek.plan.attention_wish import AttentionWish
     from dseek.plan.objective import ObjectiveKind
     from dseek.plan.plan import Plan
 
@@ -31,6 +32,7 @@ def make_plan(
     max_quality_loss: float | None,
     memory_limit_bytes: int | None,
     machine: Machine | None,
+    attention: AttentionWish | None = None,
 ) -> Plan:
     """Plan the run of an opened model; the arguments are those of `load`.
 
@@ -46,6 +48,7 @@ def make_plan(
         max_quality_loss: see `load`.
         memory_limit_bytes: see `load`.
         machine: see `load`.
+        attention: what `load` was asked for about attention, or None.
 
     Returns:
         The plan.
@@ -80,6 +83,7 @@ def make_plan(
         model=files.name,
         precision=precision,
         num_threads=threads,
+        attention=attention,
     )
 
 
@@ -93,6 +97,7 @@ def given_plan(
     prompt_tokens: int | None = None,
     answer_tokens: int | None = None,
     max_position_embeddings: int | None = None,
+    attention: AttentionWish | None = None,
 ) -> Plan:
     """Read a plan if need be and check it.
 
@@ -106,6 +111,7 @@ def given_plan(
         prompt_tokens: what was asked for beside the plan, or None.
         answer_tokens: what was asked for beside the plan, or None.
         max_position_embeddings: what was asked for beside the plan and given to the model already, or None.
+        attention: what was asked for beside the plan, or None.
 
     Returns:
         The plan.
@@ -130,6 +136,8 @@ def given_plan(
                 f"{name} {value} contradicts the plan, which says {decided[name]}",
                 remedy=f"leave out {name} or the plan",
             )
+    if attention is not None:
+        attention.check_against(plan.attention_patterns)
     return plan
 
 

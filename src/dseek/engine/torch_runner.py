@@ -63,8 +63,15 @@ class TorchRunner(Runner):
             The runner.
 
         Raises:
-            ConfigError: the plan's precision needs the native kernels.
+            ConfigError: the plan's precision or its attention needs the native kernels.
         """
+        for layer, pattern in enumerate(plan.attention_patterns):
+            if pattern.kind != "dense":
+                raise ConfigError(
+                    f"{pattern.kind} attention in layer {layer} on PyTorch",
+                    needed="dense attention",
+                    remedy="build the native kernels, or plan with attention dense",
+                )
         if plan.precision not in DTYPES:
             raise ConfigError(
                 f"precision {plan.precision} on PyTorch",

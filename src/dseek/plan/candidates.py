@@ -9,6 +9,7 @@ from dseek.core import environment
 from dseek.core.errors import ConfigError
 from dseek.core.shape import ModelShape
 from dseek.hardware.machine import Machine
+from dseek.plan.attention_wish import AttentionWish
 from dseek.plan.formats import CACHE_DTYPES, PRECISIONS, VARIANTS, CacheDtype, Kernels, Variant
 from dseek.plan.objective import Objective
 
@@ -33,6 +34,8 @@ class Wishes:
     """Most rows of a step."""
     kernels: str | None
     """native or torch."""
+    attention: AttentionWish
+    """What layers attend to."""
 
 
 def context_of(shape: ModelShape, objective: Objective) -> int:

@@ -22,6 +22,7 @@ from dseek.plan.fusion import Fusion
 from dseek.plan.layout import PAGE_TOKENS, Layout
 from dseek.plan.parts import attention_s
 from dseek.plan.rates import Rates
+from dseek.plan.selection import pyramid_page_bytes
 
 __all__ = [
     "PAGE_TOKENS",
@@ -52,7 +53,7 @@ class Prediction:
     streamed_bytes: int
     """Weights that a decode step reads: all but an embedding that is not the head."""
     cache_bytes: int
-    """Key/value cache."""
+    """Key/value cache, with the pyramid beside it where a layer does not attend to everything."""
     workspace_bytes: int
     """The process itself, activations and logits."""
     peak_bytes: int
@@ -82,7 +83,9 @@ def predict(
     """
     here = speeds(machine, layout.kernels, layout.num_threads)
     weights, streamed = weight_bytes(shape, layout)
-    cache = layout.num_pages * PAGE_TOKENS * _cache_bytes_per_position(shape, layout)
+    page = PAGE_TOKENS * _cache_bytes_per_position(shape, layout)
+    page += pyramid_page_bytes(shape, layout.attention_patterns, layout.num_pages)
+    cache = layout.num_pages * page
     workspace = workspace_bytes(shape, machine, layout)
     return Prediction(
         prefill_tokens_s=batch * prompt_tokens / prefill_s(shape, here, layout, prompt_tokens, batch),
@@ -159,7 +162,7 @@ def decode_s(shape: ModelShape, here: Speeds, layout: Layout, context_tokens: in
         Seconds.
     """
     _, streamed = weight_bytes(shape, layout)
-    working_set = streamed + batch * context_tokens * _cache_bytes_per_position(shape, layout)
+    working_set = streamed + batch * _seen_cache_bytes(shape, layout, context_tokens)
     seconds = _blocks_s(shape, here, layout, batch, working_set)
     seconds += attention_s(shape, here.rates, layout, [(1, context_tokens)], working_set, repeat=batch)
     return seconds + _head_s(shape, here, layout, batch, working_set) + _step_s(shape, here.rates, batch, batch)
@@ -260,6 +263,16 @@ def workspace_bytes(shape: ModelShape, machine: Machine, layout: Layout) -> int:
 def _cache_bytes_per_position(shape: ModelShape, layout: Layout) -> int:
     """One position's keys and values in all layers."""
     return shape.num_layers * cache_bytes_per_token(layout.cache_dtype, shape.num_kv_heads, shape.head_dim)
+
+
+def _seen_cache_bytes(shape: ModelShape, layout: Layout, context_tokens: int) -> float:
+    """What one new token reads of its sequence's cache in all layers."""
+    per_layer = cache_bytes_per_token(layout.cache_dtype, shape.num_kv_heads, shape.head_dim)
+    seen = (
+        count * pattern.visible_tokens(context_tokens, shape.num_kv_heads)
+        for pattern, count in Counter(layout.attention_patterns).items()
+    )
+    return per_layer * sum(seen)
 
 
 def _load_s(shape: ModelShape, machine: Machine, layout: Layout, weights_bytes: int) -> float:

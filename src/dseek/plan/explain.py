@@ -61,7 +61,7 @@ def loss_text(loss: float) -> str:
     Returns:
         Such as `0.4 %`.
     """
-    return f"{100 * loss:.2g} %" if loss else "0 %"
+    return f"{100 * loss:.0f} %" if loss >= 0.1 else f"{100 * loss:.2g} %"
 
 
 def score_text(kind: str, ratio: float) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from dseek.core.attention_pattern import DENSE
 from dseek.core.shape import ModelShape
 from dseek.hardware.machine import BlockCurve, Machine
 from dseek.plan.formats import LayerFormats, packed_bytes
@@ -118,6 +119,7 @@ def _factor(curve: BlockCurve, rates: Rates, num_rows: int, seconds: float) -> f
         embedding_format="f32",
         head_format="f32",
         cache_dtype="bf16",
+        attention_patterns=(DENSE,),
         num_pages=1,
         max_batch=1,
         prefill_chunk_tokens=num_rows,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dseek.core.attention_pattern import AttentionPattern
 from dseek.plan.formats import CacheDtype, Kernels, LayerFormats, WeightFormat
 
 PAGE_TOKENS = 64
@@ -24,6 +25,8 @@ class Layout:
     """Format of the output head."""
     cache_dtype: CacheDtype
     """Element type of the key/value cache."""
+    attention_patterns: tuple[AttentionPattern, ...]
+    """What each layer attends to, layer by layer."""
     num_pages: int
     """Pages of the cache."""
     max_batch: int

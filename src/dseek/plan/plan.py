@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dseek.core import config
+from dseek.core.attention_pattern import AttentionPattern
 from dseek.core.errors import ConfigError
 from dseek.core.files import atomic_write_text
 from dseek.core.shape import ModelShape
 from dseek.hardware.machine import Machine
 from dseek.hardware.store import load_or_measure
 from dseek.plan import cost, search
+from dseek.plan.attention_wish import AttentionWish
 from dseek.plan.candidates import Wishes
 from dseek.plan.cost import Prediction
 from dseek.plan.explain import Choice
@@ -27,7 +29,7 @@ from dseek.plan.layout import PAGE_TOKENS, Layout
 from dseek.plan.objective import MAX_BATCH, MAX_CONTEXT_TOKENS, Objective
 from dseek.plan.quality import LossTable
 
-VERSION = 1
+VERSION = 2
 """Version of the JSON."""
 
 MAX_FILE_BYTES = 16 * 2**20
@@ -61,6 +63,8 @@ class Plan:
     """Format of the output head."""
     cache_dtype: CacheDtype
     """Element type of the key/value cache."""
+    attention_patterns: tuple[AttentionPattern, ...]
+    """What each layer attends to, layer by layer."""
     page_tokens: int
     """Positions in a page of the cache."""
     num_pages: int
@@ -86,6 +90,7 @@ class Plan:
             embedding_format=self.embedding_format,
             head_format=self.head_format,
             cache_dtype=self.cache_dtype,
+            attention_patterns=self.attention_patterns,
             num_pages=self.num_pages,
             max_batch=self.max_batch,
             prefill_chunk_tokens=self.prefill_chunk_tokens,
@@ -192,6 +197,7 @@ def make(
     num_threads: int | None = None,
     prefill_chunk_tokens: int | None = None,
     kernels: str | None = None,
+    attention: AttentionWish | None = None,
     losses: LossTable | None = None,
 ) -> Plan:
     """Decide how to run a model.
@@ -208,6 +214,7 @@ def make(
         num_threads: threads to have; None takes DSEEK_NUM_THREADS, else chooses.
         prefill_chunk_tokens: most rows of a step; None to choose.
         kernels: native or torch to have those; None takes native where they were measured.
+        attention: what layers attend to, as far as that is decided; None to choose.
         losses: what storing projections in a format loses (rise of perplexity, a fraction), by layer, role and weight
             format, where that was measured for this model; the prior of `plan.quality` stands in for the others.
 
@@ -225,6 +232,7 @@ def make(
         num_threads=num_threads,
         prefill_chunk_tokens=prefill_chunk_tokens,
         kernels=kernels,
+        attention=attention or AttentionWish(),
     )
     decision = search.decide(shape, machine, objective, encodings, wishes, losses)
     layout = decision.layout
@@ -241,6 +249,7 @@ def make(
         embedding_format=layout.embedding_format,
         head_format=layout.head_format,
         cache_dtype=layout.cache_dtype,
+        attention_patterns=layout.attention_patterns,
         page_tokens=PAGE_TOKENS,
         num_pages=layout.num_pages,
         context_tokens=decision.context_tokens,
@@ -302,6 +311,17 @@ def _check(plan: Plan, where: str) -> None:
         raise ConfigError(
             f"{where}.layer_formats has {len(plan.layer_formats)} entries", needed=f"one a layer, {shape.num_layers}"
         )
+    if len(plan.attention_patterns) != shape.num_layers:
+        raise ConfigError(
+            f"{where}.attention_patterns has {len(plan.attention_patterns)} entries",
+            needed=f"one a layer, {shape.num_layers}",
+        )
+    for layer, pattern in enumerate(plan.attention_patterns):
+        if len(pattern.window_tokens) > 1 and len(pattern.window_tokens) != shape.num_kv_heads:
+            raise ConfigError(
+                f"{where}.attention_patterns[{layer}] has {len(pattern.window_tokens)} windows",
+                needed=f"1, or one for each of {shape.num_kv_heads} key-value heads",
+            )
     if shape.num_heads % shape.num_kv_heads:
         raise ConfigError(f"{where}.shape.num_heads is {shape.num_heads}", needed="a multiple of num_kv_heads")
     if shape.head_dim % 16:

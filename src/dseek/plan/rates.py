@@ -209,6 +209,8 @@ class Rates:
         num_kv_heads: int,
         head_dim: int,
         working_set_bytes: float,
+        *,
+        seen_tokens: float | None = None,
     ) -> float:
         """Time of causal attention of one sequence in one layer.
 
@@ -222,24 +224,30 @@ class Rates:
             num_kv_heads: key/value heads.
             head_dim: width of a head.
             working_set_bytes: what a whole step reads.
+            seen_tokens: positions that a row looks at, its own included, in the mean over rows; None: all it may.
 
         Returns:
             Seconds.
         """
-        key = (cache_dtype, num_rows, context, num_heads, num_kv_heads, head_dim, working_set_bytes)
+        key = (cache_dtype, num_rows, context, num_heads, num_kv_heads, head_dim, working_set_bytes, seen_tokens)
         known = self._memory.get(key)
         if known is None:
+            pairs = float(visible_pairs(num_rows, context))
+            at = float(context)
+            if seen_tokens is not None:
+                # As if the rows were the newest of a context in which they see so much.
+                pairs, at = num_rows * seen_tokens, seen_tokens + (num_rows - 1) / 2
             cold, warm = [], []
             for heads, curves in self._attentions[cache_dtype].items():
                 # Time for each visible pair of positions, query head and channel.
                 place = (heads[0], heads[0] / heads[1], heads[2])
-                pair = _pair_seconds(curves, num_rows, context)
+                pair = _pair_seconds(curves, num_rows, at)
                 cold.append((place, pair.cold_s / (heads[0] * heads[2])))
                 warm.append((place, pair.warm_s / (heads[0] * heads[2])))
             where = (num_heads, num_heads / num_kv_heads, head_dim)
-            size = visible_pairs(num_rows, context) * num_heads * head_dim
+            size = pairs * num_heads * head_dim
             warm_s = blend(warm, where) * size
-            num_bytes = context * cache_bytes_per_token(cache_dtype, num_kv_heads, head_dim)
+            num_bytes = at * cache_bytes_per_token(cache_dtype, num_kv_heads, head_dim)
             stream = self.stream_s_per_byte(working_set_bytes)
             seconds = num_bytes * stream
             if num_rows == 1:
@@ -249,7 +257,7 @@ class Rates:
         return known
 
 
-def _pair_seconds(curves: Sequence[AttentionCurve], num_rows: int, context: int) -> ColdWarm:
+def _pair_seconds(curves: Sequence[AttentionCurve], num_rows: int, context: float) -> ColdWarm:
     """Time a visible pair with given heads: along each curve's contexts, then between the curves' rows."""
     ordered = sorted(curves, key=lambda curve: curve.num_rows)
     rows = [float(curve.num_rows) for curve in ordered]

@@ -1,0 +1,109 @@
+"""The decision what each layer attends to: everything, a window, or a window and the blocks that score best.
+
+A pattern is offered where the typical request is so long that its end would see less than half of what is before it.
+It is taken only where that is faster by more than a tie and what it is expected to lose, on top of weights and cache,
+is accepted. Where the loss in all layers is too much, the layers that lose most may stay dense. A layer with a sliding
+window of the model's own stays as the model has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from dseek.core.attention_pattern import DENSE, AttentionPattern
+from dseek.core.errors import ConfigError
+from dseek.core.shape import ModelShape
+from dseek.plan.attention_loss import layer_losses
+from dseek.plan.attention_wish import AttentionWish, patterns_text
+from dseek.plan.chooser import TIE, Candidate, Chooser
+from dseek.plan.explain import loss_text
+
+
+def decide(search: Chooser, accepted: Candidate, wish: AttentionWish, batch: int) -> Candidate:
+    """Choose what the layers attend to; write down the choice.
+
+    Args:
+        search: judges.
+        accepted: the layout so far, with dense attention.
+        wish: what the user decided.
+        batch: sequences at a time.
+
+    Returns:
+        The layout with patterns.
+
+    Raises:
+        ConfigError: a pattern was asked for that nothing here runs.
+        MemoryLimitError: the pattern asked for does not fit.
+    """
+    kind, limit = wish.settled_kind, search.objective.max_quality_loss
+    if accepted.layout.kernels == "torch":
+        if kind not in (None, "dense"):
+            raise ConfigError(
+                f"{kind} attention was asked for, which the torch kernels do not compute",
+                remedy="take attention dense, or the native kernels",
+            )
+        kind = "dense"
+
+    def candidate(patterns: tuple[AttentionPattern, ...], *, keep: bool = False) -> Candidate:
+        layout = dataclasses.replace(accepted.layout, attention_patterns=patterns)
+        return search.candidate(patterns_text(patterns), layout, accepted.weights, batch=batch, keep=keep)
+
+    dense = candidate(accepted.layout.attention_patterns, keep=True)
+    patterns = [] if kind == "dense" else wish.patterns()
+    if kind is None:
+        patterns = [pattern for pattern in patterns if _is_offered(pattern, search)]
+    in_all = [candidate(_in_layers(pattern, search.shape)) for pattern in patterns]
+    if kind in (None, "dense"):
+        mixed = [
+            candidate(some)
+            for pattern, entry in zip(patterns, in_all, strict=True)
+            if entry.loss > limit and (some := _least_harmful(pattern, search, limit - dense.loss)) is not None
+        ]
+        entries = [dense, *in_all]
+        better = [entry for entry in mixed if not entry.refused]
+        if better:
+            best = min(better, key=lambda entry: entry.score)
+            if all(entry.refused or entry.score > best.score * TIE for entry in entries):
+                entries.append(best)
+        why = f"faster than dense by more than a tie, with a quality loss within {loss_text(limit)}, or else dense"
+    else:
+        # The most accurate way of what was asked for is allowed whatever it loses.
+        most = max(limit, min(entry.loss for entry in in_all)) + 1e-9
+        entries = [candidate(entry.layout.attention_patterns, keep=entry.loss <= most) for entry in in_all]
+        why = "the best of what was asked for"
+    return search.choose("attention", entries, lambda entry: (entry.loss, entry.predicted.peak_bytes), why)
+
+
+def _is_offered(pattern: AttentionPattern, search: Chooser) -> bool:
+    """Whether a pattern would look at less than half of the typical request at its end."""
+    tokens = search.prompt + search.answer
+    return 2 * pattern.visible_tokens(tokens, search.shape.num_kv_heads) < tokens
+
+
+def _may_change(shape: ModelShape, layer: int) -> bool:
+    """Whether a layer attends to everything by the model's own account."""
+    return shape.sliding_window is None or (shape.window_layers is not None and not shape.window_layers[layer])
+
+
+def _in_layers(
+    pattern: AttentionPattern, shape: ModelShape, layers: Sequence[int] | None = None
+) -> tuple[AttentionPattern, ...]:
+    """Give layers a pattern: all that may have it, or some of them."""
+    wanted = range(shape.num_layers) if layers is None else layers
+    return tuple(
+        pattern if layer in wanted and _may_change(shape, layer) else DENSE for layer in range(shape.num_layers)
+    )
+
+
+def _least_harmful(
+    pattern: AttentionPattern, search: Chooser, accepted_loss: float
+) -> tuple[AttentionPattern, ...] | None:
+    """Give a pattern to as many layers as the loss allows, the least harmful first; None where that is none."""
+    shape, layers, left = search.shape, [], accepted_loss
+    losses = layer_losses(shape, pattern, search.context)
+    for layer in sorted(range(shape.num_layers), key=lambda layer: (losses[layer], layer)):
+        if _may_change(shape, layer) and losses[layer] <= left:
+            layers.append(layer)
+            left -= losses[layer]
+    return _in_layers(pattern, shape, layers) if layers else None
