@@ -20,11 +20,13 @@ from benchmarks.text import standard_library_text
 from dseek import load, plan
 from dseek.engine.evaluate import score
 from dseek.models.files import open_model
+from dseek.plan.attention_wish import AttentionWish
 from dseek.plan.formats import LayerFormats
 from dseek.plan.plan import Plan
 from dseek.plan.weights import formats_text
 
 WINDOW = 1024
+DENSE_WISH = AttentionWish(kind="dense")
 SEGMENT = 5
 """Layers that are changed together where roles are looked at by depth."""
 
@@ -49,7 +51,12 @@ class Losses:
             ids = files.tokenizer().encode(text, add_special_tokens=False)[skipped * WINDOW :]
             objective = plan.Objective(context_tokens=WINDOW, batch=1)
             self.plan = plan.make(
-                files.shape, plan.this_machine(), objective, encodings=files.encodings(), precision="bf16"
+                files.shape,
+                plan.this_machine(),
+                objective,
+                encodings=files.encodings(),
+                precision="bf16",
+                attention=DENSE_WISH,
             )
         self.windows = [ids[start : start + WINDOW] for start in range(0, num_windows * WINDOW, WINDOW)]
         self.base = self._run(self.plan)
@@ -123,7 +130,7 @@ def report_plans(losses: Losses, accepted: Sequence[float]) -> None:
         shape, encodings = files.shape, files.encodings()
     for limit in accepted:
         objective = plan.Objective(context_tokens=WINDOW, batch=1, prompt_tokens=512, max_quality_loss=limit)
-        made = plan.make(shape, plan.this_machine(), objective, encodings=encodings)
+        made = plan.make(shape, plan.this_machine(), objective, encodings=encodings, attention=DENSE_WISH)
         choice = next(entry for entry in made.choices if entry.name == "precision and cache")
         foreseen = next(entry for entry in choice.alternatives if not entry.rejected)
         rise, error = losses.of(made)

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 
 class DseekWorker(Worker):
-    """Options are keyword arguments of `dseek.load`: precision, batch, objective and so on."""
+    """Options are keyword arguments of `dseek.load`: precision, batch and so on; attention is dense unless they say."""
 
     llm: LLM
 
     def load(self, path: str, threads: int, context_tokens: int, options: dict[str, Any] | None = None) -> Answer:
         """See `worker`."""
         started = time.perf_counter()
-        self.llm = dseek.load(path, threads=threads, context=context_tokens, **(options or {}))
+        wanted = {"attention": "dense", **(options or {})}
+        self.llm = dseek.load(path, threads=threads, context=context_tokens, **wanted)
         return {"load_s": time.perf_counter() - started, "version": dseek.__version__, **self.plan()}
 
     def plan(self) -> Answer:
