@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
     from dseek.models.decoder import Decoder
     from dseek.models.files import open_model
-    from dseek.models.gate_file import FILE_NAME
+    from dseek.models.gate_file import FILE_NAME, fingerprint
     from dseek.train import gate_training
 
     config = gate_training.GateTraining(gate_dim=args.gate_dim, num_passes=args.passes, seed=args.seed)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         del decoder
         gates = gate_training.new_gates(shape, config)
         gate_training.train_gates(gates, samples, folder / "state.safetensors", config, progress)
-        gate_training.save_gates(gates, shape.rope.theta, folder / FILE_NAME)
+        gate_training.save_gates(gates, shape.rope.theta, fingerprint(files), folder / FILE_NAME)
     print(folder / FILE_NAME)
     return 0
 

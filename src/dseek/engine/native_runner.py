@@ -13,6 +13,7 @@ from dseek.engine.batch import Batch
 from dseek.engine.runner import Runner
 from dseek.models.encoding import to_float32
 from dseek.models.files import ModelFiles
+from dseek.models.gate_file import find_gates
 from dseek.models.rope import rope_table
 from dseek.ops import native
 from dseek.ops.linear.packing import interleave, pack, pad
@@ -92,6 +93,9 @@ def _build(compiled: ModuleType, files: ModelFiles, plan: Plan) -> Any:
         epsilon=shape.rms_norm_eps,
         cache_type=plan.cache_dtype,
     )
+    gates = find_gates(files) if any(pattern.kind == "dynamic" for pattern in plan.attention_patterns) else None
+    if gates is not None:
+        decoder.set_gate_rotation(*gates.rotation(plan.num_pages))
     for layer, formats in enumerate(plan.layer_formats):
         windowed = shape.window_layers is None or shape.window_layers[layer]
         window = shape.sliding_window if shape.sliding_window is not None and windowed else 0
@@ -99,7 +103,13 @@ def _build(compiled: ModuleType, files: ModelFiles, plan: Plan) -> Any:
         pattern = plan.attention_patterns[layer]
         if pattern.kind != "dense":
             near_blocks = list(pattern.near_blocks(shape.num_kv_heads))
-            decoder.set_pattern(layer, near_blocks=near_blocks, top_blocks=pattern.top_blocks, far=pattern.far)
+            gate = None
+            if gates is not None and pattern.kind == "dynamic":
+                chosen = gates.layers[layer]
+                gate = (chosen.query, chosen.key, chosen.query_gain, chosen.key_gain)
+            decoder.set_pattern(
+                layer, near_blocks=near_blocks, top_blocks=pattern.top_blocks, far=pattern.far, gate=gate
+            )
         files.release()
     tied = not files.has("lm_head.weight")
     embedding = pack(plan.embedding_format, [files.tensor("model.embed_tokens.weight")], to_float32)

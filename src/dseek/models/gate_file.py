@@ -1,16 +1,19 @@
 """Gates of dynamic attention in a safetensors file beside a model: read as hostile, checked against the model.
 
-A gate file MUST carry `format` "dseek-gate-1" and `theta` (the base of the gate's rotation) in its metadata, and for
-every layer i the tensors `layers.i.query` [G, E, g], `layers.i.key` [L, G, S, g], `layers.i.query_gain` [G, g] and
-`layers.i.key_gain` [L, G, g], in F32, F16 or BF16: G key and value heads, E query heads of a group times head width, S
-three times head width, g gate width (a multiple of 16), L levels.
+A gate file MUST carry `format` "dseek-gate-1", `theta` (the base of the gate's rotation) and `model` (the fingerprint
+of the model it was trained on) in its metadata, and for every layer i the tensors `layers.i.query` [G, E, g],
+`layers.i.key` [L, G, S, g], `layers.i.query_gain` [G, g] and `layers.i.key_gain` [L, G, g], in F32, F16 or BF16: G key
+and value heads, E query heads of a group times head width, S three times head width, g gate width (a multiple of 16), L
+levels.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,9 +24,15 @@ from dseek.models.encoding import to_float32
 from dseek.models.safetensors_reader import SafetensorsFile
 from dseek.ops.tensor import EncodedTensor
 
+if TYPE_CHECKING:
+    from dseek.models.files import ModelFiles
+
 FORMAT = "dseek-gate-1"
 FILE_NAME = "gate.safetensors"
-"""Name of the file in a model's folder."""
+"""Name of the file in a model's folder; beside a single file MODEL.gguf it is MODEL.gate.safetensors."""
+
+SHIPPED = Path(__file__).parent / "gates"
+"""Folder of the gates that come with the package."""
 
 MAX_FILE_BYTES = 256 * 2**20
 MAX_GATE_DIM = 512
@@ -53,6 +62,8 @@ class Gates:
     """One a layer."""
     theta: float
     """Base of their rotation."""
+    model: str
+    """Fingerprint of the model they were trained on."""
 
     @property
     def gate_dim(self) -> int:
@@ -72,6 +83,48 @@ class Gates:
         frequencies = np.power(np.float32(self.theta), -exponents)
         angles = np.multiply.outer(np.arange(num_blocks, dtype=np.float32) * np.float32(BLOCK_TOKENS), frequencies)
         return np.cos(angles), np.sin(angles)
+
+
+def fingerprint(files: ModelFiles) -> str:
+    """Tell a model from others of its shape, whatever precision its file is in.
+
+    Args:
+        files: the opened model.
+
+    Returns:
+        A hash of its last norm, which every file keeps in 16 bits or more.
+    """
+    norm = np.ascontiguousarray(to_float32(files.tensor("model.norm.weight")), dtype=np.float32).reshape(-1)
+    bits = norm.view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype("<u2")
+    return hashlib.sha256(rounded.tobytes()).hexdigest()[:16]
+
+
+def find_gates(files: ModelFiles) -> Gates | None:
+    """Look for gates beside a model, then among those that come with the package.
+
+    Args:
+        files: the opened model.
+
+    Returns:
+        Its gates, or None if there are none.
+
+    Raises:
+        FileFormatError: the file beside the model is damaged or for another model.
+    """
+    beside = files.path / FILE_NAME if files.path.is_dir() else files.path.with_suffix("." + FILE_NAME)
+    if beside.is_file():
+        gates = read_gates(beside, files.shape)
+        if gates.model != fingerprint(files):
+            raise FileFormatError(
+                f"{beside} was trained on another model than {files.path}",
+                needed="gates of this model",
+                remedy="train them with `dseek train-gate`, or take the file away",
+            )
+        return gates
+    for shipped in sorted(SHIPPED.glob(f"*-{fingerprint(files)}.safetensors")):
+        return read_gates(shipped, files.shape)
+    return None
 
 
 def read_gates(path: Path, shape: ModelShape) -> Gates:
@@ -99,7 +152,7 @@ def read_gates(path: Path, shape: ModelShape) -> Gates:
         dims = {layer.query.shape[2] for layer in layers}
         if len(dims) != 1:
             raise FileFormatError(f"{path}: the layers' gates differ in width: {sorted(dims)}", needed="one width")
-        return Gates(layers, _theta(stored))
+        return Gates(layers, _theta(stored), stored.metadata.get("model", ""))
     finally:
         stored.close()
 

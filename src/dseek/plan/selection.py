@@ -71,6 +71,10 @@ def scored_cells(pattern: AttentionPattern, context_tokens: int, level: int) -> 
     return min(blocks * RADIX // (RADIX - 1), blocks // largest + below)
 
 
+GATE_DIM = 32
+"""Width of a gate, as `dseek train-gate` makes it by default."""
+
+
 def pyramid_page_bytes(shape: ModelShape, patterns: Sequence[AttentionPattern], num_pages: int) -> int:
     """Size of what the pyramid keeps beside a page of the cache.
 
@@ -87,4 +91,8 @@ def pyramid_page_bytes(shape: ModelShape, patterns: Sequence[AttentionPattern], 
     most = max(pattern.top_blocks for pattern in patterns)
     levels = top_level(num_pages * BLOCK_TOKENS) + 1
     openings = -(-(1 + most) * 4 // 64) * 64
-    return shape.num_layers * shape.num_kv_heads * levels * (2 * shape.head_dim * 4 + openings)
+    means = 2 * shape.head_dim * 4
+    # Whether the model has a gate is not known here: its statistics and key are counted where one would be used.
+    gated = any(pattern.kind == "dynamic" for pattern in patterns)
+    statistics = (3 * shape.head_dim + GATE_DIM) * 4 if gated else 0
+    return shape.num_layers * shape.num_kv_heads * levels * (means + statistics + openings)

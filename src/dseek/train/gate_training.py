@@ -247,12 +247,13 @@ def _restore(
         return int(metadata["passes"])
 
 
-def save_gates(gates: torch.nn.ModuleList, theta: float, path: Path) -> None:
+def save_gates(gates: torch.nn.ModuleList, theta: float, model: str, path: Path) -> None:
     """Write gates as `dseek.models.gate_file` reads them, in bfloat16.
 
     Args:
         gates: of `new_gates`, trained.
         theta: base of their rotation.
+        model: fingerprint of the model.
         path: the file, written whole or not at all.
     """
     tensors = {
@@ -260,4 +261,6 @@ def save_gates(gates: torch.nn.ModuleList, theta: float, path: Path) -> None:
         for layer, gate in enumerate(_as_list(gates))
         for part in gate_file.PARTS
     }
-    atomic_write_bytes(path, to_safetensors(tensors, {"format": gate_file.FORMAT, "theta": repr(theta)}))
+    atomic_write_bytes(
+        path, to_safetensors(tensors, {"format": gate_file.FORMAT, "theta": repr(theta), "model": model})
+    )
