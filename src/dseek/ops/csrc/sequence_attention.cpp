@@ -1,8 +1,10 @@
 #include "sequence_attention.h"
 
 #include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 #include "common/numbers.h"
@@ -11,10 +13,20 @@
 namespace dseek {
 namespace {
 
-float to_float(float value) { return value; }
-float to_float(uint16_t value) { return bf16_to_float(value); }
-void from_float(float value, float& out) { out = value; }
-void from_float(float value, uint16_t& out) { out = float_to_bf16(value); }
+void widen_row(const float* source, int count, float* out) { std::copy(source, source + count, out); }
+void widen_row(const uint16_t* source, int count, float* out) {
+    for (int i = 0; i < count; ++i) out[i] = bf16_to_float(source[i]);
+}
+
+void narrow_row(const float* source, int count, float* out) { std::copy(source, source + count, out); }
+// Rounds to nearest even without a branch, so that the compiler can take several at once; a NaN stays a NaN.
+void narrow_row(const float* source, int count, uint16_t* out) {
+    for (int i = 0; i < count; ++i) {
+        const uint32_t bits = std::bit_cast<uint32_t>(source[i]);
+        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, kept = (bits >> 16) | 0x40u;
+        out[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? kept : rounded);
+    }
+}
 
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -37,7 +49,12 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
     const int d = shape.head_dim, groups = shape.num_kv_heads, heads = shape.num_heads / groups;
     const int blocks = (shape.num_tokens + kPageTokens - 1) / kPageTokens;
     const CacheLayout layout(kType, d, 1, groups);
-    const Pages cache(layout.page_bytes() * static_cast<size_t>(blocks));
+    // Kept between calls, since new memory costs as much as attending to a part of it.
+    constexpr size_t kMostKept = size_t{256} << 20;
+    thread_local Pages cache;
+    const size_t cache_bytes = layout.page_bytes() * static_cast<size_t>(blocks);
+    if (cache.size() < cache_bytes) cache = Pages(cache_bytes);
+    uint8_t* const cache_data = cache.data();
     Pyramid pyramid;
     if (pattern.active()) pyramid = Pyramid(layout, blocks, shape.num_tokens, pattern.top_blocks, 0);
     std::vector<int32_t> pages(static_cast<size_t>(blocks));
@@ -54,17 +71,18 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
     const auto start_of = [&](int head, int block) {
         return (static_cast<size_t>(head) * shape.num_tokens + static_cast<size_t>(block) * kPageTokens) * d;
     };
-    const auto head_view = [&](int g) { return HeadView{cache.data() + layout.offset(0, 0, g), pages.data(), 0, g}; };
+    const auto head_view = [&](int g) { return HeadView{cache_data + layout.offset(0, 0, g), pages.data(), 0, g}; };
 
     const auto fill_page = [&](int g, int block, Room& room) {
-        const size_t start = start_of(g, block), count = static_cast<size_t>(rows_of(block)) * d;
+        const size_t start = start_of(g, block);
+        const int count = rows_of(block) * d;
         float *keys = room.rows.data(), *values = keys + block_floats;
-        for (size_t i = 0; i < count; ++i) {
-            keys[i] = to_float(k[start + i]);
-            values[i] = to_float(v[start + i]);
-        }
-        table.store_tokens(layout, cache.data() + layout.offset(block, 0, g), 0, rows_of(block), keys, values,
-                           static_cast<size_t>(d));
+        widen_row(k + start, count, keys);
+        widen_row(v + start, count, values);
+        uint8_t* page = cache_data + layout.offset(block, 0, g);
+        // What an earlier call left in slots that stay empty must not be infinite when it is multiplied by 0.
+        if (rows_of(block) < kPageTokens) std::memset(page, 0, layout.head_bytes);
+        table.store_tokens(layout, page, 0, rows_of(block), keys, values, static_cast<size_t>(d));
     };
     const auto attend = [&](int g, int block, Room& room) {
         const int rows = rows_of(block);
@@ -74,7 +92,7 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
             const Value* source = q + start_of(g * heads + head, block);
             for (int row = 0; row < rows; ++row) {
                 float* target = queries + row * stride + static_cast<size_t>(head) * d;
-                for (int i = 0; i < d; ++i) target[i] = to_float(source[static_cast<size_t>(row) * d + i]);
+                widen_row(source + static_cast<size_t>(row) * d, d, target);
             }
         }
         AttentionCall call;
@@ -111,7 +129,7 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
             Value* target = out + start_of(g * heads + head, block);
             for (int row = 0; row < rows; ++row) {
                 const float* source = results + row * stride + static_cast<size_t>(head) * d;
-                for (int i = 0; i < d; ++i) from_float(source[i], target[static_cast<size_t>(row) * d + i]);
+                narrow_row(source, d, target + static_cast<size_t>(row) * d);
             }
         }
     };
@@ -140,6 +158,7 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
             attend(task % groups, blocks - 1 - task / groups, room);
         });
     });
+    if (cache.size() > kMostKept) cache = Pages();
     if (times == nullptr) return;
     for (const Room& room : rooms) {
         times->pyramid_s += room.times.pyramid_s;

@@ -1,0 +1,169 @@
+"""`dseek train-gate`: samples, training that goes on after a stop, its file, and the engine that follows it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dseek import plan as planning
+from dseek.cli.main import main
+from dseek.core.attention_pattern import AttentionPattern
+from dseek.core.errors import ConfigError, FileFormatError
+from dseek.engine.llm import load
+from dseek.models.decoder import Decoder
+from dseek.models.files import open_model
+from dseek.models.gate_file import FILE_NAME, find_gates, read_gates
+from dseek.plan.plan import Plan
+from dseek.train.gate_training import GateTraining, make_samples, new_gates, train_gates
+from tests.models import tiny
+from tests.plan.machines import machine
+
+SOURCE = argparse.__file__
+"""A long text that every Python has."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama for long texts."""
+    path = tiny.save("llama", tmp_path_factory.mktemp("models") / "tiny")
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 4096}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def gate(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gate trained for it on the command line."""
+    out = tmp_path_factory.mktemp("gate")
+    options = ["--tokens", "1280", "--samples", "2", "--passes", "2", "--gate-dim", "16"]
+    assert main(["train-gate", str(folder), "--text", SOURCE, "--out", str(out), *options]) == 0
+    return out / FILE_NAME
+
+
+def test_the_file_is_for_its_model_only(folder: Path, gate: Path, tmp_path: Path) -> None:
+    with open_model(str(folder)) as files:
+        assert find_gates(files) is None
+        gates = read_gates(gate, files.shape)
+        assert len(gates.layers) == files.shape.num_layers and gates.gate_dim == 16
+    shutil.copytree(folder, tmp_path / "same")
+    shutil.copy(gate, tmp_path / "same" / FILE_NAME)
+    with open_model(str(tmp_path / "same")) as files:
+        found = find_gates(files)
+        assert found is not None and np.array_equal(found.layers[0].query, gates.layers[0].query)
+    other = tiny.save("llama", tmp_path / "other")
+    norm = dict(_tensors(other / "model.safetensors"))
+    norm["model.norm.weight"] = norm["model.norm.weight"] * 2
+    save_file(norm, other / "model.safetensors", {"format": "pt"})
+    shutil.copy(gate, other / FILE_NAME)
+    with open_model(str(other)) as files, pytest.raises(FileFormatError, match="another model"):
+        find_gates(files)
+
+
+def test_damaged_files_are_refused(folder: Path, gate: Path, tmp_path: Path) -> None:
+    with open_model(str(folder)) as files:
+        shape = files.shape
+    with safe_open(str(gate), "pt") as stored:
+        metadata = stored.metadata()
+    tensors = dict(_tensors(gate))
+
+    def refused(changed: dict[str, torch.Tensor], metadata: dict[str, str], message: str) -> None:
+        save_file(changed, tmp_path / "bad.safetensors", metadata)
+        with pytest.raises(FileFormatError, match=message):
+            read_gates(tmp_path / "bad.safetensors", shape)
+
+    missing = {name: value for name, value in tensors.items() if name != "layers.1.key"}
+    refused(missing, metadata, "no tensor layers.1.key")
+    refused(tensors | {"layers.0.query": tensors["layers.0.query"][:, :-1].contiguous()}, metadata, "has the shape")
+    refused(tensors | {"layers.0.key": tensors["layers.0.key"] * float("inf")}, metadata, "not finite")
+    refused(tensors, metadata | {"theta": "nan"}, "theta 'nan'")
+    refused(tensors, metadata | {"format": "other"}, "format 'other'")
+    data = gate.read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(FileFormatError):
+        read_gates(tmp_path / "cut.safetensors", shape)
+
+
+@pytest.mark.native
+def test_the_engine_follows_the_gate_beside_the_model(folder: Path, gate: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "gated")
+    shutil.copy(gate, tmp_path / "gated" / FILE_NAME)
+    ids = [3 + 7 * index % 350 for index in range(1200)]
+    few = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=2)
+    plain, gated = (_logits(path, _plan(path, few), ids) for path in (folder, tmp_path / "gated"))
+    assert not np.allclose(plain[-1], gated[-1], atol=1e-4), "the gate chooses like the mean keys"
+    stepwise = _logits(tmp_path / "gated", dataclasses.replace(_plan(folder, few), prefill_chunk_tokens=37), ids)
+    np.testing.assert_allclose(stepwise, gated, atol=1e-4)
+    all_blocks = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=32)
+    dense = _logits(folder, _plan(folder, AttentionPattern()), ids)
+    assert np.array_equal(_logits(tmp_path / "gated", _plan(folder, all_blocks), ids), dense)
+
+
+def test_training_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path) -> None:
+    config = GateTraining(gate_dim=16, num_passes=3, seed=5)
+    with open_model(str(folder)) as files:
+        decoder = Decoder.from_files(files, torch.float32).requires_grad_(False)
+    texts = [torch.randint(3, 380, (1024,), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    seen: list[tuple[str, int, int]] = []
+    samples = make_samples(decoder, texts, tmp_path / "samples", config, lambda *args: seen.append(args[:3]))
+    assert seen == [("samples", 1, 2), ("samples", 2, 2)]
+    whole = new_gates(decoder.shape, config)
+    losses: list[float] = []
+    train_gates(whole, samples, tmp_path / "whole", config, lambda *args: losses.append(args[3]["loss"]))
+    assert losses[-1] < losses[0]
+
+    def stop(what: str, done: int, total: int, figures: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_gates(new_gates(decoder.shape, config), samples, tmp_path / "parts", config, stop)
+    resumed = new_gates(decoder.shape, config)
+    train_gates(resumed, samples, tmp_path / "parts", config, lambda *_: None)
+    for expected, found in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    other = dataclasses.replace(config, near_blocks=2)
+    with pytest.raises(ConfigError, match="another folder"):
+        train_gates(resumed, samples, tmp_path / "parts", other, lambda *_: None)
+
+
+def test_bad_options_end_with_status_2(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train-gate", str(folder), "--out", str(tmp_path)]
+    assert main([*command, "--text", str(tmp_path / "none.txt"), "--tokens", "1024"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+    (tmp_path / "short.txt").write_text("too short")
+    assert main([*command, "--text", str(tmp_path / "short.txt"), "--tokens", "1024"]) == 2
+    assert "at least 1024" in capsys.readouterr().err
+    assert main([*command, "--text", SOURCE, "--tokens", "100"]) == 2
+    assert main([*command, "--text", SOURCE, "--gate-dim", "20"]) == 2
+    assert "multiple of 16" in capsys.readouterr().err
+
+
+def _tensors(path: Path) -> list[tuple[str, torch.Tensor]]:
+    with safe_open(str(path), "pt") as stored:
+        return [(name, stored.get_tensor(name)) for name in stored.keys()]  # noqa: SIM118
+
+
+def _plan(folder: Path, pattern: AttentionPattern) -> Plan:
+    with open_model(str(folder)) as files:
+        plan = planning.make(
+            files.shape,
+            machine(),
+            planning.Objective(context_tokens=1408, batch=1),
+            encodings=files.encodings(),
+            precision="fp32",
+            num_threads=2,
+        )
+    return dataclasses.replace(plan, attention_patterns=(pattern,) * plan.shape.num_layers)
+
+
+def _logits(folder: Path, plan: Plan, ids: list[int]) -> np.ndarray:
+    with load(str(folder), plan=plan) as llm:
+        return llm.logits(ids)
