@@ -106,6 +106,8 @@ def _figure(record: dict[str, Any]) -> str:
     value, unit = record["value"], record["unit"]
     if unit == "fraction":
         return f"{100 * value:.2f} %"
+    if unit == "times":
+        return f"{value:.2f} times"
     if unit == "s/token":
         return f"{1 / value:,.0f} tokens/s"
     text = f"{1000 * value:.1f} ms" if value < 1 else f"{value:.2f} s"
