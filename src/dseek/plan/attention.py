@@ -1,9 +1,10 @@
 """The decision what each layer attends to: everything, a window, or a window and the blocks that score best.
 
 A pattern is offered where the typical request is so long that its end would see less than half of what is before it.
-It is taken only where that is faster by more than a tie and what it is expected to lose, on top of weights and cache,
-is accepted. Where the loss in all layers is too much, the layers that lose most may stay dense. A layer with a sliding
-window of the model's own stays as the model has it.
+It is taken only where the user says `auto` or accepts more than the usual loss of quality, where it is faster by more
+than a tie, and where what it is expected to lose, on top of weights and cache, is accepted. Where the loss in all layers
+is too much, the layers that lose most may stay dense. A layer with a sliding window of the model's own stays as the
+model has it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from dseek.plan.attention_loss import layer_losses
 from dseek.plan.attention_wish import AttentionWish, patterns_text
 from dseek.plan.chooser import TIE, Candidate, Chooser
 from dseek.plan.explain import loss_text
+from dseek.plan.objective import DEFAULT_QUALITY_LOSS
+
+UNASKED = "leaves keys out; weighed only with --attention auto or an accepted loss above the usual"
+"""Why a pattern is not taken where nobody asked."""
 
 
 def decide(search: Chooser, accepted: Candidate, wish: AttentionWish, batch: int) -> Candidate:
@@ -54,6 +59,10 @@ def decide(search: Chooser, accepted: Candidate, wish: AttentionWish, batch: int
     if kind is None:
         patterns = [pattern for pattern in patterns if _is_offered(pattern, search)]
     in_all = [candidate(_in_layers(pattern, search.shape)) for pattern in patterns]
+    if kind is None and wish.kind != "auto" and limit <= DEFAULT_QUALITY_LOSS:
+        # Nobody accepted a loss: what leaves keys out is shown beside, but its prior knows one model's perplexity only.
+        in_all = [dataclasses.replace(entry, refused=entry.refused or UNASKED) for entry in in_all]
+        return search.choose("attention", [dense, *in_all], _order, "exact, since no loss was accepted for more speed")
     if kind in (None, "dense"):
         mixed = [
             candidate(some)
@@ -72,7 +81,12 @@ def decide(search: Chooser, accepted: Candidate, wish: AttentionWish, batch: int
         most = max(limit, min(entry.loss for entry in in_all)) + 1e-9
         entries = [candidate(entry.layout.attention_patterns, keep=entry.loss <= most) for entry in in_all]
         why = "the best of what was asked for"
-    return search.choose("attention", entries, lambda entry: (entry.loss, entry.predicted.peak_bytes), why)
+    return search.choose("attention", entries, _order, why)
+
+
+def _order(entry: Candidate) -> tuple[float, ...]:
+    """What breaks ties: the least loss, then the least memory."""
+    return (entry.loss, entry.predicted.peak_bytes)
 
 
 def _is_offered(pattern: AttentionPattern, search: Chooser) -> bool:

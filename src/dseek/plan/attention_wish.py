@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dseek.core.attention_pattern import KINDS, AttentionPattern
+from dseek.core.attention_pattern import KINDS, MAX_TOP_BLOCKS, AttentionPattern
 from dseek.core.errors import ConfigError
 
 SEARCHED_WINDOWS = (256, 512, 1024, 2048)
@@ -20,7 +20,8 @@ class AttentionWish:
     """What the user decided about attention; None leaves it to the search."""
 
     kind: str | None = None
-    """auto, dense, window or dynamic; None is auto, or what the other wishes are about."""
+    """auto, dense, window or dynamic; None is what the other wishes are about, else auto where more than the usual loss
+    of quality is accepted, and dense where it is not."""
     window_tokens: int | None = None
     """Window; alone it means the kind window."""
     top_blocks: int | None = None
@@ -43,6 +44,10 @@ class AttentionWish:
             raise ConfigError(
                 f"{self.kind} attention with a wish about {'selected blocks' if about_cells else 'the window'}",
                 remedy="leave that out, or take attention dynamic",
+            )
+        if self.top_blocks is not None and not 1 <= self.top_blocks <= MAX_TOP_BLOCKS:
+            raise ConfigError(
+                f"a dynamic attention pattern that selects {self.top_blocks} blocks", needed=f"1 to {MAX_TOP_BLOCKS}"
             )
         self.patterns()  # refuses windows and numbers of blocks that there are not
 

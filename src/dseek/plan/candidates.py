@@ -167,7 +167,9 @@ def format_pairs(
         if {variant.weight_format, variant.table_format} - formats:
             continue
         # Arithmetic in fp32 all the way; elsewhere a cache wider than bf16 would be the only wide thing.
-        natural: tuple[CacheDtype, ...] = ("fp32",) if variant.precision == "fp32" else ("bf16", "int8")
+        # And with weights in 16 bits, an int8 cache would be the least exact thing.
+        narrow: tuple[CacheDtype, ...] = ("bf16",) if variant.precision in ("bf16", "fp16") else ("bf16", "int8")
+        natural: tuple[CacheDtype, ...] = ("fp32",) if variant.precision == "fp32" else narrow
         for cache_dtype in CACHE_DTYPES:
             wanted = cache_dtype in natural if wishes.cache_dtype is None else cache_dtype == wishes.cache_dtype
             if wanted and cache_dtype in caches:
