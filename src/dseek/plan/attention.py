@@ -2,9 +2,9 @@
 
 A pattern is offered where the typical request is so long that its end would see less than half of what is before it.
 It is taken only where the user says `auto` or accepts more than the usual loss of quality, where it is faster by more
-than a tie, and where what it is expected to lose, on top of weights and cache, is accepted. Where the loss in all layers
-is too much, the layers that lose most may stay dense. A layer with a sliding window of the model's own stays as the
-model has it.
+than a tie, and where what it is expected to lose, on top of weights and cache, is accepted. Where the loss in all
+layers is too much, the layers that lose most may stay dense. A layer with a sliding window of the model's own stays as
+the model has it.
 """
 
 from __future__ import annotations
