@@ -158,6 +158,16 @@ class Caller:
             "dense_attention": lambda: {
                 part: rng.integers(0, 2**16, (2, 70, 32), np.uint16) for part in ("q", "k", "v")
             },
+            "dynamic_attention": lambda: {
+                "q": rng.integers(0, 2**16, (4, 700, 32), np.uint16),
+                "k": rng.integers(0, 2**16, (2, 700, 32), np.uint16),
+                "v": rng.integers(0, 2**16, (2, 700, 32), np.uint16),
+                "near_blocks": [1, 2],
+                "top_blocks": int(rng.integers(0, 4)),
+                "far": True,
+                "level_bias": floats(4, 3),
+                "trace": True,
+            },
             "read_bandwidth": lambda: {"num_bytes": 50_001, "repeats": 1},
             "time_linear": lambda: {
                 "format": str(rng.choice(FORMATS)),
@@ -213,6 +223,21 @@ class Caller:
                 "sin": floats(1200, SIZES.head_dim // 2),
             },
             "Decoder.allocate_cache": lambda: {"num_pages": int(rng.integers(1, SIZES.num_pages + 1))},
+            "Decoder.set_pattern": lambda: {
+                "layer": int(rng.integers(0, 2)),
+                "near_blocks": [1, 2],
+                "top_blocks": 2,
+                "far": True,
+                "level_bias": floats(4, 3),
+                "gate": (floats(2, 32, 16), floats(1, 2, 48, 16), floats(2, 16), floats(1, 2, 16)),
+            },
+            "Decoder.set_gate_rotation": lambda: {"cos": floats(4, 8), "sin": floats(4, 8)},
+            "Decoder.selection": lambda: {
+                "layer": 0,
+                "kv_head": int(rng.integers(0, 2)),
+                "pages": rng.permutation(4).astype(np.int32),
+                "query_block": int(rng.integers(0, 4)),
+            },
             "Decoder.forward": self.batch,
             "Decoder.run_blocks": lambda: self.batch(hidden=True),
         }
@@ -250,6 +275,11 @@ class Caller:
         decoder = self.decoder
         if name == "Decoder.add_block" and self.rng.random() < 0.5:
             decoder = self.native.Decoder(**self.arguments("Decoder"))  # one that has no blocks yet
+        if name in ("Decoder.set_pattern", "Decoder.set_gate_rotation", "Decoder.selection"):
+            decoder = self.native.Decoder(**self.arguments("Decoder"))  # patterns come before the cache
+        if name == "Decoder.selection":
+            decoder.set_pattern(0, near_blocks=[1, 1], top_blocks=1)
+            decoder.allocate_cache(4)
         function = getattr(decoder if owner else self.native, method)
         try:
             function(**arguments)

@@ -146,6 +146,10 @@ void Pyramid::select(const HeadView& head, int query_block, const Budget& budget
             kernels().score_cells(gate.active() ? room.gate_query.data() : query, gate.active() ? 1 : num_heads,
                                   gate.active() ? gate.dim : d, room.means.data(), static_cast<int>(count),
                                   room.scores.data());
+            // Sorting needs numbers that compare: what is none comes last.
+            for (float& score : room.scores) {
+                if (std::isnan(score)) score = -INFINITY;
+            }
             room.order.resize(count);
             for (size_t i = 0; i < count; ++i) room.order[i] = static_cast<int32_t>(i);
             const auto better = [&](int32_t a, int32_t b) {

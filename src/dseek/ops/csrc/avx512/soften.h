@@ -66,7 +66,8 @@ template <bool kScaled>
 [[gnu::always_inline]] inline void load_exponents(const Strip& strip, const WidePage& page, int r, const float* scores,
                                                   int d, float factor, float unit, __m512* x) {
     const __m512 scale = _mm512_set1_ps(factor), slack = _mm512_set1_ps(kSlack / unit);
-    while (true) {
+    // Twice at most: scores that are no numbers can exceed every base.
+    for (bool raised = false;; raised = true) {
         for (int i = 0; i < 8; ++i) x[i] = load_scores<kScaled>(page, scores + (r + i / 4) * kPageTokens, i % 4);
         for (int i = 0; i < 8; ++i) x[i] = _mm512_fmsub_ps(x[i], scale, _mm512_set1_ps(strip.bases[r + i / 4]));
         const __m512 peaks = _mm512_max_ps(lane_maxima(x), lane_maxima(x + 4));
