@@ -71,7 +71,7 @@ template <bool kScaled>
         for (int i = 0; i < 8; ++i) x[i] = load_scores<kScaled>(page, scores + (r + i / 4) * kPageTokens, i % 4);
         for (int i = 0; i < 8; ++i) x[i] = _mm512_fmsub_ps(x[i], scale, _mm512_set1_ps(strip.bases[r + i / 4]));
         const __m512 peaks = _mm512_max_ps(lane_maxima(x), lane_maxima(x + 4));
-        if (_mm512_cmp_ps_mask(peaks, slack, _CMP_GT_OQ) == 0) [[likely]]
+        if (raised || _mm512_cmp_ps_mask(peaks, slack, _CMP_GT_OQ) == 0) [[likely]]
             return;
         raise_bases<kScaled>(strip, page, r, scores, d, factor, unit);
     }
