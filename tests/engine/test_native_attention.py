@@ -30,6 +30,7 @@ TOLERANCE = 2e-4
 PATTERNS = {
     "window": WINDOW,
     "dynamic": AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=2),
+    "rows": AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=6, min_share=0.1),
     "far": AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=1, far=True),
 }
 
@@ -77,9 +78,9 @@ def test_decode_and_any_chunks_equal_prefill(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
-@pytest.mark.parametrize("far", [False, True])
-def test_enough_blocks_are_dense_attention_bit_for_bit(folder: Path, precision: str, far: bool) -> None:
-    enough = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=22, far=far)
+@pytest.mark.parametrize("way", [{}, {"far": True}, {"min_share": 1e-12}])
+def test_enough_blocks_are_dense_attention_bit_for_bit(folder: Path, precision: str, way: dict[str, float]) -> None:
+    enough = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=22, **way)  # type: ignore[arg-type]
     ids = tiny.token_ids(NUM_TOKENS, seed=4)
     for chunk in (100, 256):
         dense = logits_of(folder, make_plan(folder, DENSE, precision), chunk, ids)
@@ -106,7 +107,7 @@ def run(runner: Runner, ids: list[int], first: int, pages: np.ndarray, chunk: in
     return logits.copy()
 
 
-@pytest.mark.parametrize("name", ["dynamic", "far"])
+@pytest.mark.parametrize("name", ["dynamic", "rows", "far"])
 @pytest.mark.parametrize("kept", [333, 512, 575, 1024])
 def test_going_back_and_sharing_a_prefix_leave_no_trace(folder: Path, name: str, kept: int) -> None:
     plan = dataclasses.replace(make_plan(folder, PATTERNS[name]), num_pages=66)

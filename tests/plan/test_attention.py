@@ -180,18 +180,20 @@ def test_memory_of_the_pyramid_by_hand() -> None:
     layout = layout_of(SMALL, VARIANTS[1], "bf16")
     jobs = {"prompt_tokens": 4096, "context_tokens": 4096, "batch": 1}
     dense = cost.predict(SMALL, machine(), layout, **jobs).cache_bytes
-    gate = (3 * 64 + 32) * 4  # statistics of 64 elements and a key of the gate
-    for pattern, beside in (
-        (WINDOW, 64),
-        (DYNAMIC, 64 + gate),
-        (dataclasses.replace(DYNAMIC, top_blocks=16), 128 + gate),
+    rows = dataclasses.replace(DYNAMIC, top_blocks=15, min_share=0.02)
+    gate = (4 * 64 + 32) * 4  # statistics of 64 elements, the mean once more, and a key of the gate
+    for pattern, beside, strips in (
+        (WINDOW, 64, 0),
+        (DYNAMIC, 64, 0),
+        (dataclasses.replace(DYNAMIC, top_blocks=16), 128, 0),
+        (rows, 64 + gate, 4 * 16 * 4),  # four strips of a block, of one level
     ):
         some = dataclasses.replace(layout, attention_patterns=(pattern, *layout.attention_patterns[1:]))
         # 128 pages, 30 layers, 3 heads, 3 levels; mean key and value of 64 floats.
-        expected = 128 * 30 * 3 * 3 * (2 * 64 * 4 + beside)
+        expected = 128 * 30 * 3 * (3 * (2 * 64 * 4 + beside) + strips)
         assert cost.predict(SMALL, machine(), some, **jobs).cache_bytes - dense == expected
     long = pyramid_page_bytes(SMALL, [DYNAMIC] * 30, 4096)
-    assert long == 30 * 3 * 4 * (512 + 64 + gate)
+    assert long == 30 * 3 * 4 * (512 + 64)
     assert pyramid_page_bytes(SMALL, [DENSE] * 30, 4096) == 0
     limit = 100_000_000 + cost.predict(SMALL, machine(), layout, **jobs).peak_bytes
     objective = Objective(context_tokens=8192, batch=1, memory_limit_bytes=limit)

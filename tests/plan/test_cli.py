@@ -64,14 +64,29 @@ def test_attention_in_the_table_and_in_the_plan(
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["plan", "m", "--context", "8192", "--max-quality-loss", "0"]) == 0
     text = capsys.readouterr().out
-    for expected in ("attention: dense", "window 512", "window 256 and 8 blocks", "0 % accepted"):
+    for expected in (
+        "attention: dense",
+        "window 512",
+        "window 256 and shares from 0.02, up to 64 blocks",
+        "0 % accepted",
+    ):
         assert expected in text
     for options, expected in (
-        (["--attention", "dense"], {"kind": "dense", "window_tokens": [], "top_blocks": 0, "far": False}),
-        (["--attention-window", "64"], {"kind": "window", "window_tokens": [64], "top_blocks": 0, "far": False}),
+        (
+            ["--attention", "dense"],
+            {"kind": "dense", "window_tokens": [], "top_blocks": 0, "far": False, "min_share": 0.0},
+        ),
+        (
+            ["--attention-window", "64"],
+            {"kind": "window", "window_tokens": [64], "top_blocks": 0, "far": False, "min_share": 0.0},
+        ),
         (
             ["--attention", "dynamic", "--attention-window", "auto", "--attention-top-blocks", "7", "--attention-far"],
-            {"kind": "dynamic", "window_tokens": [256], "top_blocks": 7, "far": True},
+            {"kind": "dynamic", "window_tokens": [256], "top_blocks": 7, "far": True, "min_share": 0.0},
+        ),
+        (
+            ["--attention-min-share", "0.03", "--attention-top-blocks", "24"],
+            {"kind": "dynamic", "window_tokens": [256], "top_blocks": 24, "far": False, "min_share": 0.03},
         ),
     ):
         assert main(["plan", "m", "--json", *options]) == 0

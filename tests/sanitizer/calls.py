@@ -21,7 +21,7 @@ from tests.sanitizer.process import load
 NUMBERS = (-(2**63), -(2**31), -1, 0, 1, 2, 3, 15, 17, 64, 65_537, 2**26 + 1, 2**31 - 1, 2**31, 2**32 + 1, 2**63, 2**64)
 STRANGERS = (None, "", "bf16", "i8c", "nonsense\0", b"bytes", 1.5, float("nan"), (), [1], {}, object(), True)
 VALUES = (float("nan"), float("inf"), -float("inf"), 3e38, -1e-40, 0.0)
-SIZES = Sizes(hidden=32, head_dim=16, num_pages=30)
+SIZES = Sizes(hidden=32, head_dim=16, num_pages=30, patterns=True)
 MEASUREMENTS = ("read_bandwidth", "time_linear", "time_attention")
 
 Arguments = dict[str, Any]
@@ -164,8 +164,7 @@ class Caller:
                 "v": rng.integers(0, 2**16, (2, 700, 32), np.uint16),
                 "near_blocks": [1, 2],
                 "top_blocks": int(rng.integers(0, 4)),
-                "far": True,
-                "level_bias": floats(4, 3),
+                **({"far": True, "level_bias": floats(4, 3)} if rng.random() < 0.5 else {"min_share": 0.05}),
                 "trace": True,
             },
             "read_bandwidth": lambda: {"num_bytes": 50_001, "repeats": 1},
@@ -227,9 +226,7 @@ class Caller:
                 "layer": int(rng.integers(0, 2)),
                 "near_blocks": [1, 2],
                 "top_blocks": 2,
-                "far": True,
-                "level_bias": floats(4, 3),
-                "gate": (floats(2, 32, 16), floats(1, 2, 48, 16), floats(2, 16), floats(1, 2, 16)),
+                **({"far": True, "level_bias": floats(4, 3)} if rng.random() < 0.5 else self.rows_pattern()),
             },
             "Decoder.set_gate_rotation": lambda: {"cos": floats(4, 8), "sin": floats(4, 8)},
             "Decoder.selection": lambda: {
@@ -238,10 +235,22 @@ class Caller:
                 "pages": rng.permutation(4).astype(np.int32),
                 "query_block": int(rng.integers(0, 4)),
             },
+            "Decoder.row_selection": lambda: {
+                "layer": 0,
+                "kv_head": int(rng.integers(0, 2)),
+                "pages": rng.permutation(4).astype(np.int32),
+                "position": int(rng.integers(0, 256)),
+            },
             "Decoder.forward": self.batch,
             "Decoder.run_blocks": lambda: self.batch(hidden=True),
         }
         return makers[name]() if name in makers else {}
+
+    def rows_pattern(self) -> Arguments:
+        """What lets rows select for themselves, by a gate for four heads of 16 in two groups."""
+        floats = self.floats
+        gate = (floats(4, 16, 16), floats(1, 2, 48, 16), floats(4, 16), floats(1, 2, 16), floats(4), floats(4, 16))
+        return {"min_share": float(self.rng.choice([0.01, 0.3])), "gate": (*gate, floats(4))}
 
     def batch(self, *, hidden: bool = False) -> Arguments:
         """Make a batch of one to four sequences, sometimes of lone rows over long contexts."""
@@ -275,10 +284,11 @@ class Caller:
         decoder = self.decoder
         if name == "Decoder.add_block" and self.rng.random() < 0.5:
             decoder = self.native.Decoder(**self.arguments("Decoder"))  # one that has no blocks yet
-        if name in ("Decoder.set_pattern", "Decoder.set_gate_rotation", "Decoder.selection"):
+        if name in ("Decoder.set_pattern", "Decoder.set_gate_rotation", "Decoder.selection", "Decoder.row_selection"):
             decoder = self.native.Decoder(**self.arguments("Decoder"))  # patterns come before the cache
-        if name == "Decoder.selection":
-            decoder.set_pattern(0, near_blocks=[1, 1], top_blocks=1)
+        if name in ("Decoder.selection", "Decoder.row_selection"):
+            share = {"min_share": 0.1} if name == "Decoder.row_selection" else {}
+            decoder.set_pattern(0, near_blocks=[1, 1], top_blocks=1, **share)
             decoder.allocate_cache(4)
         function = getattr(decoder if owner else self.native, method)
         try:

@@ -27,6 +27,7 @@ class Sizes:
     window: int = 0
     num_pages: int = 40
     num_positions: int = 1200
+    patterns: bool = False
 
 
 def build(native: ModuleType, sizes: Sizes, seed: int = 0) -> Any:
@@ -89,8 +90,30 @@ def build(native: ModuleType, sizes: Sizes, seed: int = 0) -> Any:
     )
     angles = rng.standard_normal((sizes.num_positions, sizes.head_dim // 2), dtype=np.float32)
     decoder.set_rotary(np.cos(angles), np.sin(angles))
+    if sizes.patterns:
+        _set_patterns(decoder, sizes, rng)
     decoder.allocate_cache(sizes.num_pages)
     return decoder
+
+
+def _set_patterns(decoder: Any, sizes: Sizes, rng: np.random.Generator) -> None:
+    """Let the first layer select by rows with a gate, and the second by blocks with far cells."""
+    dim, near = 16, [1] * sizes.kv_heads
+    shapes = (
+        (sizes.heads, sizes.head_dim, dim),
+        (1, sizes.kv_heads, 3 * sizes.head_dim, dim),
+        (sizes.heads, dim),
+        (1, sizes.kv_heads, dim),
+        (sizes.heads,),
+        (sizes.heads, sizes.head_dim),
+        (sizes.heads,),
+    )
+    gate = tuple(rng.standard_normal(shape, dtype=np.float32) for shape in shapes)
+    angles = rng.standard_normal((sizes.num_pages, dim // 2), dtype=np.float32)
+    decoder.set_gate_rotation(np.cos(angles), np.sin(angles))
+    decoder.set_pattern(0, near_blocks=near, top_blocks=3, min_share=0.1, gate=gate)
+    if sizes.layers > 1:
+        decoder.set_pattern(1, near_blocks=near, top_blocks=1, far=True)
 
 
 def batch(sizes: Sizes, rows: list[tuple[int, int]], rng: np.random.Generator) -> dict[str, np.ndarray]:

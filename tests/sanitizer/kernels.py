@@ -72,7 +72,15 @@ def decoders(native: ModuleType, rng: np.random.Generator) -> None:
         for number, head_dim in enumerate(range(16, 129, 16)):
             window = (0, 1, 7, 64, 100, 0, 513, 65)[number]
             hidden, heads, kv_heads = ((48, 4, 2), (33, 3, 1), (80, 2, 2), (17, 8, 1))[number % 4]
-            sizes = Sizes(cache=cache, head_dim=head_dim, window=window, hidden=hidden, heads=heads, kv_heads=kv_heads)
+            sizes = Sizes(
+                cache=cache,
+                head_dim=head_dim,
+                window=window,
+                hidden=hidden,
+                heads=heads,
+                kv_heads=kv_heads,
+                patterns=number % 2 == 0,
+            )
             decoder = build(native, sizes, seed=number)
             for rows in BATCHES:
                 arguments = batch(sizes, rows, rng)

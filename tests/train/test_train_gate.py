@@ -83,6 +83,7 @@ def test_damaged_files_are_refused(folder: Path, gate: Path, tmp_path: Path) -> 
     missing = {name: value for name, value in tensors.items() if name != "layers.1.key"}
     refused(missing, metadata, "no tensor layers.1.key")
     refused(tensors | {"layers.0.query": tensors["layers.0.query"][:, :-1].contiguous()}, metadata, "has the shape")
+    refused(tensors | {"layers.0.dense": tensors["layers.0.scale"].clone()}, metadata, "has the shape")
     refused(tensors | {"layers.0.key": tensors["layers.0.key"] * float("inf")}, metadata, "not finite")
     refused(tensors, metadata | {"theta": "nan"}, "theta 'nan'")
     refused(tensors, metadata | {"format": "other"}, "format 'other'")
@@ -97,12 +98,12 @@ def test_the_engine_follows_the_gate_beside_the_model(folder: Path, gate: Path, 
     shutil.copytree(folder, tmp_path / "gated")
     shutil.copy(gate, tmp_path / "gated" / FILE_NAME)
     ids = [3 + 7 * index % 350 for index in range(1200)]
-    few = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=2)
+    few = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=8, min_share=0.08)
     plain, gated = (_logits(path, _plan(path, few), ids) for path in (folder, tmp_path / "gated"))
     assert not np.allclose(plain[-1], gated[-1], atol=1e-4), "the gate chooses like the mean keys"
     stepwise = _logits(tmp_path / "gated", dataclasses.replace(_plan(folder, few), prefill_chunk_tokens=37), ids)
     np.testing.assert_allclose(stepwise, gated, atol=1e-4)
-    all_blocks = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=32)
+    all_blocks = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=32, min_share=1e-12)
     dense = _logits(folder, _plan(folder, AttentionPattern()), ids)
     assert np.array_equal(_logits(tmp_path / "gated", _plan(folder, all_blocks), ids), dense)
 

@@ -59,6 +59,27 @@ def positive_ints(text: str) -> tuple[int, ...]:
     return tuple(positive_int(part.strip()) for part in text.split(","))
 
 
+def share(text: str) -> float:
+    """Read a number between 0 and 1 (an argparse type).
+
+    Args:
+        text: what the user wrote.
+
+    Returns:
+        The number.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not one.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < 1.0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and below 1")
+    return value
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the MODEL argument.
 
@@ -107,7 +128,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_attention_options(parser: argparse._ActionsContainer) -> None:
-    """Add the options about attention: --attention, --attention-window, --attention-top-blocks, --attention-far.
+    """Add the options about attention: --attention, --attention-window, --attention-top-blocks, --attention-far,
+    --attention-min-share.
 
     Args:
         parser: the verb's parser, or a group of it.
@@ -134,6 +156,12 @@ def add_attention_options(parser: argparse._ActionsContainer) -> None:
         action=argparse.BooleanOptionalAction,
         help="let what is not selected count by its means, or leave it out (means --attention dynamic)",
     )
+    parser.add_argument(
+        "--attention-min-share",
+        type=share,
+        metavar="S",
+        help="share of its attention, such as 0.02, for which a query opens a block (means --attention dynamic)",
+    )
 
 
 def attention_from(args: argparse.Namespace) -> dict[str, Any]:
@@ -151,6 +179,7 @@ def attention_from(args: argparse.Namespace) -> dict[str, Any]:
         "attention_window": None if window in (None, "auto") else int(window),
         "attention_top_blocks": args.attention_top_blocks,
         "attention_far": args.attention_far,
+        "attention_min_share": args.attention_min_share,
     }
 
 

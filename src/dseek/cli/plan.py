@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         window_tokens=asked["attention_window"],
         top_blocks=asked["attention_top_blocks"],
         far=asked["attention_far"],
+        min_share=asked["attention_min_share"],
     )
     files = open_from(args)
     try:

@@ -41,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=positive_int, default=8192, metavar="N", help="tokens of each sample (default: %(default)s)"
     )
     group.add_argument(
-        "--samples", type=positive_int, default=32, metavar="N", help="texts that are sampled (default: %(default)s)"
+        "--samples", type=positive_int, default=24, metavar="N", help="texts that are sampled (default: %(default)s)"
     )
     group.add_argument(
-        "--passes", type=positive_int, default=40, metavar="N", help="passes over the samples (default: %(default)s)"
+        "--passes", type=positive_int, default=16, metavar="N", help="passes over the samples (default: %(default)s)"
     )
     group.add_argument(
         "--gate-dim", type=positive_int, default=32, metavar="N", help="width of the gate (default: %(default)s)"
@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
         del decoder
         gates = gate_training.new_gates(shape, config)
         gate_training.train_gates(gates, samples, folder / "state.safetensors", config, progress)
-        gate_training.save_gates(gates, shape.rope.theta, fingerprint(files), folder / FILE_NAME)
+        dense = gate_training.dense_heads(gates, samples, config)
+        gate_training.save_gates(gates, dense, shape.rope.theta, fingerprint(files), folder / FILE_NAME)
     print(folder / FILE_NAME)
     return 0
 

@@ -32,6 +32,12 @@ MAX_TOP_CELLS = 32
 
 MAX_TOP_BLOCKS = 4096
 
+OPENED_SHARES = 0.45
+"""Blocks that a strip of queries opens in the mean, times the least share that opens one."""
+
+MAX_FLAT_BLOCKS = 256
+"""Cells that a selection by rows may start from; one more and it starts a level higher."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttentionPattern:
@@ -44,7 +50,11 @@ class AttentionPattern:
     top_blocks: int = 0
     """Cells opened at every level, and so blocks selected; only for dynamic."""
     far: bool = False
-    """Whether cells that stay closed count by their mean key and value; only for dynamic."""
+    """Whether cells that stay closed count by their mean key and value; only for dynamic, without a least share."""
+    min_share: float = 0.0
+    """Where above 0, every query opens the cells that hold this share of some head's attention mass, and sixteen
+    neighbouring queries up to `top_blocks` of them at each level; otherwise a block's first query opens the best
+    `top_blocks` for all 64. Only for dynamic."""
 
     def __post_init__(self) -> None:
         """Check the values against each other.
@@ -67,6 +77,13 @@ class AttentionPattern:
             )
         if self.far and self.kind != "dynamic":
             raise ConfigError(f"a {self.kind} attention pattern with far cells", remedy="take the pattern dynamic")
+        if not 0.0 <= self.min_share < 1.0:
+            raise ConfigError(f"a least share of {self.min_share}", needed="at least 0 and below 1")
+        if self.min_share and (self.kind != "dynamic" or self.far):
+            raise ConfigError(
+                "a least share without a dynamic attention pattern, or with far cells",
+                remedy="take the pattern dynamic without far cells",
+            )
 
     def near_blocks(self, num_kv_heads: int) -> tuple[int, ...]:
         """Return every head's window in blocks.
@@ -84,6 +101,16 @@ class AttentionPattern:
             )
         return tuple(window // BLOCK_TOKENS for window in windows)
 
+    @property
+    def expected_blocks(self) -> float:
+        """Blocks that are opened beside the window and the first one: all of `top_blocks`, or what a share lets expect.
+
+        By rows, a strip's queries together: measured on source code, 8,192 tokens (`benchmarks.experiments.patterns`).
+        """
+        if not self.min_share:
+            return float(self.top_blocks)
+        return min(float(self.top_blocks), OPENED_SHARES / self.min_share)
+
     def visible_tokens(self, context_tokens: int, num_kv_heads: int) -> float:
         """Return how many exact tokens the newest query of a context sees, in the mean over heads.
 
@@ -95,7 +122,8 @@ class AttentionPattern:
             return float(context_tokens)
         own = (context_tokens - 1) % BLOCK_TOKENS + 1
         before = (context_tokens - own) // BLOCK_TOKENS
-        blocks = sum(min(before, near + 1 + self.top_blocks) for near in self.near_blocks(num_kv_heads)) / num_kv_heads
+        opened = self.expected_blocks
+        blocks = sum(min(before, near + 1 + opened) for near in self.near_blocks(num_kv_heads)) / num_kv_heads
         return own + blocks * BLOCK_TOKENS
 
 
@@ -160,6 +188,21 @@ def top_level(num_tokens: int) -> int:
     """
     level = LOWEST_TOP_LEVEL
     while num_tokens > MAX_TOP_CELLS * cell_tokens(level):
+        level += 1
+    return level
+
+
+def row_top_level(num_blocks: int) -> int:
+    """Level that a selection by rows starts from.
+
+    Args:
+        num_blocks: complete blocks before the query's block.
+
+    Returns:
+        0 up to 256 blocks (16,384 tokens), 1 up to 2048, and so on.
+    """
+    level = 0
+    while num_blocks > MAX_FLAT_BLOCKS * cell_blocks(level):
         level += 1
     return level
 

@@ -77,6 +77,7 @@ def load(
     attention_window: int | None = None,
     attention_top_blocks: int | None = None,
     attention_far: bool | None = None,
+    attention_min_share: float | None = None,
 ) -> LLM:
     """Open a model, plan its run and make it ready to answer.
 
@@ -104,6 +105,8 @@ def load(
         attention_window: tokens that every position sees before its own block: 64, 128, ... 4096; None chooses.
         attention_top_blocks: blocks of 64 tokens that dynamic attention selects beside the window; None chooses.
         attention_far: whether what dynamic attention does not select counts by its means; None is False.
+        attention_min_share: least share of a head's attention, above 0 and below 1, that makes a query open a block;
+            None chooses, or lets a block's first query choose where `attention_top_blocks` or `attention_far` says so.
 
     Returns:
         The loaded model.
@@ -118,7 +121,11 @@ def load(
     from dseek.plan.attention_wish import AttentionWish
 
     wish = AttentionWish(
-        kind=attention, window_tokens=attention_window, top_blocks=attention_top_blocks, far=attention_far
+        kind=attention,
+        window_tokens=attention_window,
+        top_blocks=attention_top_blocks,
+        far=attention_far,
+        min_share=attention_min_share,
     )
     files = open_model(model) if isinstance(model, str) else model
     # The tokenizer is built beside the planning and packing; whoever needs it first waits for it.

@@ -104,11 +104,20 @@ def _build(compiled: ModuleType, files: ModelFiles, plan: Plan) -> Any:
         if pattern.kind != "dense":
             near_blocks = list(pattern.near_blocks(shape.num_kv_heads))
             gate = None
-            if gates is not None and pattern.kind == "dynamic":
-                chosen = gates.layers[layer]
-                gate = (chosen.query, chosen.key, chosen.query_gain, chosen.key_gain)
+            if gates is not None and pattern.min_share:
+                gate = gates.layers[layer].learned
+                dense = gates.layers[layer].dense
+                near_blocks = [
+                    plan.num_pages if everything else near
+                    for near, everything in zip(near_blocks, dense > 0.5, strict=True)
+                ]
             decoder.set_pattern(
-                layer, near_blocks=near_blocks, top_blocks=pattern.top_blocks, far=pattern.far, gate=gate
+                layer,
+                near_blocks=near_blocks,
+                top_blocks=pattern.top_blocks,
+                far=pattern.far,
+                min_share=pattern.min_share,
+                gate=gate,
             )
         files.release()
     tied = not files.has("lm_head.weight")

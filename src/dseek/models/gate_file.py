@@ -1,10 +1,11 @@
 """Gates of dynamic attention in a safetensors file beside a model: read as hostile, checked against the model.
 
-A gate file MUST carry `format` "dseek-gate-1", `theta` (the base of the gate's rotation) and `model` (the fingerprint
-of the model it was trained on) in its metadata, and for every layer i the tensors `layers.i.query` [G, E, g],
-`layers.i.key` [L, G, S, g], `layers.i.query_gain` [G, g] and `layers.i.key_gain` [L, G, g], in F32, F16 or BF16: G key
-and value heads, E query heads of a group times head width, S three times head width, g gate width (a multiple of 16), L
-levels.
+A gate file MUST carry `format` "dseek-gate-2", `theta` (the base of the gate's rotation) and `model` (the fingerprint
+of the model it was trained on) in its metadata, and for every layer i the tensors `layers.i.query` [H, d, g],
+`layers.i.key` [L, G, 3 d, g], `layers.i.query_gain` [H, g], `layers.i.key_gain` [L, G, g], `layers.i.scale` [H],
+`layers.i.own` [H, d], `layers.i.own_bias` [H] and `layers.i.dense` [G], in F32, F16 or BF16: H query heads, G key and
+value heads, d head width, g gate width (a multiple of 16), L levels; dense is 1 for heads that have to see everything,
+since no gate finds what they look for, and 0 for the others. What the numbers mean says `dseek.train.gate`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dseek.ops.tensor import EncodedTensor
 if TYPE_CHECKING:
     from dseek.models.files import ModelFiles
 
-FORMAT = "dseek-gate-1"
+FORMAT = "dseek-gate-2"
 FILE_NAME = "gate.safetensors"
 """Name of the file in a model's folder; beside a single file MODEL.gguf it is MODEL.gate.safetensors."""
 
@@ -37,7 +38,8 @@ SHIPPED = Path(__file__).parent / "gates"
 MAX_FILE_BYTES = 256 * 2**20
 MAX_GATE_DIM = 512
 MAX_LEVELS = 6
-PARTS = ("query", "key", "query_gain", "key_gain")
+LEARNED_PARTS = ("query", "key", "query_gain", "key_gain", "scale", "own", "own_bias")
+PARTS = (*LEARNED_PARTS, "dense")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +47,26 @@ class LayerGate:
     """The gate of one layer; float32 arrays shaped as the module says."""
 
     query: np.ndarray
-    """[G, E, g]."""
+    """[H, d, g]."""
     key: np.ndarray
-    """[L, G, S, g]."""
+    """[L, G, 3 d, g]."""
     query_gain: np.ndarray
-    """[G, g]."""
+    """[H, g]."""
     key_gain: np.ndarray
     """[L, G, g]."""
+    scale: np.ndarray
+    """[H]."""
+    own: np.ndarray
+    """[H, d]."""
+    own_bias: np.ndarray
+    """[H]."""
+    dense: np.ndarray
+    """[G], 1 for heads that see everything."""
+
+    @property
+    def learned(self) -> tuple[np.ndarray, ...]:
+        """What the kernels take, in their order."""
+        return tuple(getattr(self, part) for part in LEARNED_PARTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,20 +198,25 @@ def _read_layer(stored: SafetensorsFile, layer: int, shape: ModelShape) -> Layer
         if not np.isfinite(arrays[part]).all():
             raise FileFormatError(f"{stored.path}: tensor {name} holds numbers that are not finite")
     query, key = arrays["query"], arrays["key"]
-    groups, heads = shape.num_kv_heads, shape.num_heads // shape.num_kv_heads
+    groups, heads, width = shape.num_kv_heads, shape.num_heads, shape.head_dim
     dim = query.shape[-1] if query.ndim == 3 else 0
     levels = key.shape[0] if key.ndim == 4 else 0
     wanted = {
-        "query": (groups, heads * shape.head_dim, dim),
-        "key": (levels, groups, 3 * shape.head_dim, dim),
-        "query_gain": (groups, dim),
+        "query": (heads, width, dim),
+        "key": (levels, groups, 3 * width, dim),
+        "query_gain": (heads, dim),
         "key_gain": (levels, groups, dim),
+        "scale": (heads,),
+        "own": (heads, width),
+        "own_bias": (heads,),
+        "dense": (groups,),
     }
     for part, sizes in wanted.items():
         if arrays[part].shape != sizes or not 16 <= dim <= MAX_GATE_DIM or dim % 16 or not 1 <= levels <= MAX_LEVELS:
             raise FileFormatError(
                 f"{stored.path}: layers.{layer}.{part} has the shape {list(arrays[part].shape)}",
-                needed=f"{groups} key and value heads of width {shape.head_dim}, a gate width that is a multiple of 16",
+                needed=f"{heads} heads and {groups} key and value heads of width {width}, a gate width that is a "
+                "multiple of 16",
                 remedy="train a gate for this model with `dseek train-gate`",
             )
     return LayerGate(**arrays)

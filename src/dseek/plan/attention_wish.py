@@ -10,7 +10,11 @@ from dseek.core.attention_pattern import KINDS, MAX_TOP_BLOCKS, AttentionPattern
 from dseek.core.errors import ConfigError
 
 SEARCHED_WINDOWS = (256, 512, 1024, 2048)
+SEARCHED_SHARES = (0.1, 0.05, 0.03, 0.02, 0.01)
+"""Least shares of attention mass to choose among, where nobody asked for one or for a number of blocks."""
 SEARCHED_TOP_BLOCKS = (4, 8, 16, 32)
+MOST_BLOCKS = 64
+"""Blocks that sixteen queries may open where a least share decides and nobody asked for another bound."""
 DYNAMIC_WINDOW = 256
 """Window beside selected blocks, where nobody asked for another."""
 
@@ -28,6 +32,9 @@ class AttentionWish:
     """Blocks to select; means the kind dynamic."""
     far: bool | None = None
     """Whether cells that stay closed count by their means; means the kind dynamic, None that they do not."""
+    min_share: float | None = None
+    """Least share of attention mass that opens a block; means the kind dynamic. None leaves it to the search, but where
+    a number of blocks or means were asked for, it is none: a block's first query then chooses for all."""
 
     def __post_init__(self) -> None:
         """Check the values against each other.
@@ -37,7 +44,7 @@ class AttentionWish:
         """
         if self.kind not in (None, "auto", *KINDS):
             raise ConfigError(f"attention is {self.kind!r}", needed="one of auto, " + ", ".join(KINDS))
-        about_cells = self.top_blocks is not None or self.far is not None
+        about_cells = self._is_about_cells
         if (self.kind == "dense" and (about_cells or self.window_tokens is not None)) or (
             self.kind == "window" and about_cells
         ):
@@ -49,14 +56,18 @@ class AttentionWish:
             raise ConfigError(
                 f"a dynamic attention pattern that selects {self.top_blocks} blocks", needed=f"1 to {MAX_TOP_BLOCKS}"
             )
-        self.patterns()  # refuses windows and numbers of blocks that there are not
+        self.patterns()  # refuses windows, numbers of blocks and shares that there are not
+
+    @property
+    def _is_about_cells(self) -> bool:
+        return self.top_blocks is not None or self.far is not None or self.min_share is not None
 
     @property
     def settled_kind(self) -> str | None:
         """dense, window or dynamic where that is decided, else None."""
         if self.kind in KINDS:
             return self.kind
-        if self.top_blocks is not None or self.far is not None:
+        if self._is_about_cells:
             return "dynamic"
         return None if self.window_tokens is None else "window"
 
@@ -73,13 +84,22 @@ class AttentionWish:
             found += [AttentionPattern(kind="window", window_tokens=(window,)) for window in windows]
         if kind in (None, "dynamic"):
             window = DYNAMIC_WINDOW if self.window_tokens is None else self.window_tokens
-            counts = SEARCHED_TOP_BLOCKS if self.top_blocks is None else (self.top_blocks,)
             # Means of the rest cost time and, with no bias learned for them, quality too.
-            far = bool(self.far)
             found += [
-                AttentionPattern(kind="dynamic", window_tokens=(window,), top_blocks=count, far=far) for count in counts
+                AttentionPattern(
+                    kind="dynamic", window_tokens=(window,), top_blocks=count, far=bool(self.far), min_share=share
+                )
+                for count, share in self._budgets()
             ]
         return found
+
+    def _budgets(self) -> list[tuple[int, float]]:
+        """Numbers of blocks and least shares to consider."""
+        if self.min_share is None and (self.top_blocks is not None or self.far):
+            counts = SEARCHED_TOP_BLOCKS if self.top_blocks is None else (self.top_blocks,)
+            return [(count, 0.0) for count in counts]
+        most = MOST_BLOCKS if self.top_blocks is None else self.top_blocks
+        return [(most, share) for share in (SEARCHED_SHARES if self.min_share is None else (self.min_share,))]
 
     def check_against(self, patterns: Sequence[AttentionPattern]) -> None:
         """Make sure that decided patterns are what was wished for.
@@ -101,6 +121,7 @@ class AttentionWish:
                 and (self.window_tokens is None or set(pattern.window_tokens) == {self.window_tokens})
                 and self.top_blocks in (None, pattern.top_blocks)
                 and self.far in (None, pattern.far)
+                and self.min_share in (None, pattern.min_share)
                 for pattern in sparse
             )
         )
@@ -125,7 +146,8 @@ def pattern_text(pattern: AttentionPattern) -> str:
     windows = sorted(set(pattern.window_tokens))
     text = f"window {windows[0]}" if len(windows) == 1 else f"windows {windows[0]} to {windows[-1]}"
     if pattern.kind == "dynamic":
-        text += f" and {pattern.top_blocks} block{'' if pattern.top_blocks == 1 else 's'}"
+        blocks = f"{pattern.top_blocks} block{'' if pattern.top_blocks == 1 else 's'}"
+        text += f" and shares from {pattern.min_share:g}, up to {blocks}" if pattern.min_share else f" and {blocks}"
     return text + (", means of the rest" if pattern.far else "")
 
 

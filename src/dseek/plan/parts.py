@@ -16,10 +16,12 @@ TORCH_OPERATORS_PER_LAYER = 30
 """Operators of a decoder block in plain PyTorch besides its linear layers and attention."""
 
 SCORE_ELEMENTS, WALK_ELEMENTS, MEAN_ELEMENTS, SEAL_ELEMENTS = 0.42, 60.0, 1.45, 0.65
+ROW_SCORE_ELEMENTS = 8.0
 """What choosing blocks takes, in elements of an activation (`Overheads.element_s`): a product of a score; meeting a
 cell on the way down; an element of a mean that is laid out as a key or value; an element of the cache that is averaged.
 
-From the parts that `dynamic_attention(..., trace=True)` reports: one thread, three shapes of heads, 8,192 tokens.
+ROW_SCORE_ELEMENTS is the score of a cell for one row and head, its share of the mass included. From the parts that
+`dynamic_attention(..., trace=True)` reports: one thread, three shapes of heads, 8,192 tokens.
 """
 
 
@@ -109,6 +111,12 @@ def selection_s(shape: ModelShape, rates: Rates, pattern: AttentionPattern, num_
     Returns:
         Seconds.
     """
+    if pattern.min_share:
+        # Every row scores for itself, sixteen at a time.
+        rows = max(16.0, num_rows)
+        elements = ROW_SCORE_ELEMENTS * rows * num_cells * shape.num_heads
+        elements += SEAL_ELEMENTS * num_rows * 2 * shape.kv_size
+        return elements * rates.overheads.element_s
     blocks = num_rows / BLOCK_TOKENS
     walks = max(1.0, blocks)
     elements = SCORE_ELEMENTS * blocks * num_cells * shape.num_heads * shape.head_dim

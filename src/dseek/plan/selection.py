@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from dseek.core.attention_pattern import BLOCK_TOKENS, RADIX, AttentionPattern, top_level
+from dseek.core.attention_pattern import BLOCK_TOKENS, RADIX, AttentionPattern, row_top_level, top_level
 from dseek.core.shape import ModelShape
 
 
@@ -66,10 +66,16 @@ def scored_cells(pattern: AttentionPattern, context_tokens: int, level: int) -> 
     if pattern.kind != "dynamic":
         return 0
     blocks = context_tokens // BLOCK_TOKENS
+    if pattern.min_share:
+        highest = row_top_level(blocks)
+        return min(blocks, blocks // int(RADIX**highest) + (int(pattern.expected_blocks) + 3) * RADIX * highest)
     below = ((pattern.top_blocks + 3) * RADIX + RADIX) * level
     largest: int = RADIX**level
     return min(blocks * RADIX // (RADIX - 1), blocks // largest + below)
 
+
+STRIPS = 4
+"""Runs of sixteen queries in a block."""
 
 GATE_DIM = 32
 """Width of a gate, as `dseek train-gate` makes it by default."""
@@ -88,11 +94,14 @@ def pyramid_page_bytes(shape: ModelShape, patterns: Sequence[AttentionPattern], 
     """
     if all(pattern.kind == "dense" for pattern in patterns):
         return 0
-    most = max(pattern.top_blocks for pattern in patterns)
+    most = max(0 if pattern.min_share else pattern.top_blocks for pattern in patterns)
+    by_rows = max(pattern.top_blocks if pattern.min_share else 0 for pattern in patterns)
     levels = top_level(num_pages * BLOCK_TOKENS) + 1
     openings = -(-(1 + most) * 4 // 64) * 64
     means = 2 * shape.head_dim * 4
     # Whether the model has a gate is not known here: its statistics and key are counted where one would be used.
-    gated = any(pattern.kind == "dynamic" for pattern in patterns)
-    statistics = (3 * shape.head_dim + GATE_DIM) * 4 if gated else 0
-    return shape.num_layers * shape.num_kv_heads * levels * (means + statistics + openings)
+    statistics = (4 * shape.head_dim + GATE_DIM) * 4 if by_rows else 0
+    record = levels * (means + statistics + openings)
+    if by_rows:
+        record += (row_top_level(num_pages) + 1) * STRIPS * (1 + by_rows) * 4
+    return shape.num_layers * shape.num_kv_heads * -(-record // 64) * 64

@@ -1,8 +1,7 @@
 """What a gate learns from: queries, keys and true attention mass of a frozen model, layer by layer, on real text.
 
-The n x n map of weights is never kept: a few rows of each query block are drawn, their weights are summed over blocks
-of keys at once, and the rest is dropped. B blocks of 64 tokens, T tokens, H query heads, G key and value heads,
-P = H / G heads of a group, d head width.
+The n x n map of weights is never kept: some rows are drawn, their weights are summed over blocks of keys at once, and
+the rest is dropped. B blocks of 64 tokens, T tokens, R rows, H query heads, G key and value heads, d head width.
 """
 
 from __future__ import annotations
@@ -23,25 +22,30 @@ from dseek.ops.attention.rotary import rotate
 class LayerSample:
     """One text in one layer."""
 
+    rows: torch.Tensor
+    """int64 [R], positions of the drawn rows, rising."""
     queries: torch.Tensor
-    """[B, G, P d], queries of each block's first position, before rotation."""
-    keys: torch.Tensor
+    """[R, H, d], their queries before rotation."""
+    rotated: torch.Tensor
+    """[R, H, d], the same after it."""
+    statistics: torch.Tensor
     """[B, G, 3 d], largest, least and mean of each block's keys, before rotation."""
+    means: torch.Tensor
+    """[B, G, d], mean of each block's keys after rotation."""
     mass: torch.Tensor
-    """[B, G, B], attention mass that a query block (rows) gives a block of keys (columns): the largest of the group's
-    heads, the mean of the drawn rows; a row's own block holds what the row may see of it."""
+    """[R, H, B], attention mass that a row gives a block; its own block holds what the row may see of it."""
 
 
 @torch.inference_mode()
 def layer_samples(
-    decoder: Decoder, token_ids: torch.Tensor, *, rows_per_block: int, generator: torch.Generator
+    decoder: Decoder, token_ids: torch.Tensor, *, num_rows: int, generator: torch.Generator
 ) -> Iterator[LayerSample]:
     """Run a text through a model and give each layer's sample as it passes.
 
     Args:
         decoder: the model, not changed; its layers must attend to everything (no sliding window).
         token_ids: int64 [T]; what lies beyond the last whole block is dropped.
-        rows_per_block: rows of each query block whose weights are computed, 1 to 64.
+        num_rows: rows to draw, fewer where the text is shorter.
         generator: draws them.
 
     Yields:
@@ -65,12 +69,14 @@ def layer_samples(
             is_causal=True,
             enable_gqa=attention.grouped,
         )
-        offsets_BR = torch.rand(num_blocks, BLOCK_TOKENS, generator=generator).argsort(dim=1)[:, :rows_per_block]
-        rows_BR = torch.arange(num_blocks)[:, None] * BLOCK_TOKENS + offsets_BR
+        rows_R = torch.randperm(num_tokens, generator=generator)[:num_rows].sort().values
         yield LayerSample(
-            queries=q_THd[::BLOCK_TOKENS].reshape(num_blocks, k_TGd.shape[1], -1).float(),
-            keys=key_statistics(k_TGd.float()),
-            mass=pooled_mass(q_rotated_THd, k_rotated_TGd, rows_BR),
+            rows=rows_R,
+            queries=q_THd[rows_R].float(),
+            rotated=q_rotated_THd[rows_R].float(),
+            statistics=key_statistics(k_TGd.float()),
+            means=k_rotated_TGd.float().unflatten(0, (-1, BLOCK_TOKENS)).mean(1),
+            mass=block_mass(q_rotated_THd[rows_R], k_rotated_TGd, rows_R),
         )
         x_TD = x_TD + attention.o_proj(out_1HTd[0].transpose(0, 1).flatten(1))
         x_TD = x_TD + block.mlp(block.post_attention_layernorm(x_TD))
@@ -89,30 +95,25 @@ def key_statistics(k_TGd: torch.Tensor) -> torch.Tensor:
     return torch.cat((k_BSGd.amax(1), k_BSGd.amin(1), k_BSGd.mean(1)), dim=-1)
 
 
-def pooled_mass(q_THd: torch.Tensor, k_TGd: torch.Tensor, rows_BR: torch.Tensor) -> torch.Tensor:
+def block_mass(q_RHd: torch.Tensor, k_TGd: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
     """Compute the attention mass of some rows on every block of keys.
 
     Args:
-        q_THd: [T, H, d] rotated queries.
-        k_TGd: [T, G, d] rotated keys.
-        rows_BR: [B, R] positions of the rows, by query block.
+        q_RHd: rotated queries.
+        k_TGd: rotated keys, T a multiple of 64.
+        rows_R: int64, positions of the queries.
 
     Returns:
-        float32 [B, G, B]; see `LayerSample.mass`.
+        float32 [R, H, B].
     """
     num_tokens, num_groups, head_dim = k_TGd.shape
-    num_blocks, rows_per_block = rows_BR.shape
-    heads = q_THd.shape[1] // num_groups
-    rows = rows_BR.flatten()
-    hidden_RT = torch.arange(num_tokens)[None] > rows[:, None]
+    hidden_RT = torch.arange(num_tokens)[None] > rows_R[:, None]
     masses = []
-    for group in range(num_groups):
-        q_PRd = q_THd[rows, group * heads : (group + 1) * heads].transpose(0, 1)
-        scores_PRT = (q_PRd @ k_TGd[:, group].T).float() / math.sqrt(head_dim)
+    for group, q_RPd in enumerate(q_RHd.unflatten(1, (num_groups, -1)).unbind(1)):
+        scores_PRT = (q_RPd.transpose(0, 1) @ k_TGd[:, group].T).float() / math.sqrt(head_dim)
         weights_PRT = scores_PRT.masked_fill_(hidden_RT, float("-inf")).softmax(dim=-1)
-        mass_PRB = weights_PRT.unflatten(-1, (num_blocks, BLOCK_TOKENS)).sum(-1)
-        masses.append(mass_PRB.amax(0).unflatten(0, (num_blocks, rows_per_block)).mean(1))
-    return torch.stack(masses, dim=1)
+        masses.append(weights_PRT.unflatten(-1, (-1, BLOCK_TOKENS)).sum(-1).transpose(0, 1))
+    return torch.cat(masses, dim=1)
 
 
 def _project(attention: Attention, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

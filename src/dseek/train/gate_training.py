@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 
-from dseek.core.attention_pattern import RADIX
+from dseek.core.attention_pattern import BLOCK_TOKENS, RADIX
 from dseek.core.errors import ConfigError
 from dseek.core.files import atomic_write_bytes
 from dseek.core.shape import ModelShape
 from dseek.models import gate_file
 from dseek.models.decoder import Decoder
-from dseek.train.gate import Gate, free_cells, level_loss, pool_statistics
+from dseek.train.gate import Gate, free_cells, partition_loss, pool_means, pool_statistics
 from dseek.train.gate_samples import LayerSample, layer_samples
 
 Progress = Callable[[str, int, int, dict[str, float]], None]
@@ -39,11 +39,13 @@ class GateTraining:
     """Levels of cells that have a gate of their own; larger cells use the last."""
     near_blocks: int = 4
     """Window in blocks; cells inside are not chosen and so not learned."""
-    rows_per_block: int = 4
-    """Rows of each query block whose true attention is computed."""
-    num_passes: int = 40
+    num_rows: int = 256
+    """Rows of each text whose true attention is computed."""
+    dense_share: float = 0.055
+    """Share of all key and value heads that are to see everything: those whose attention the gate misses most."""
+    num_passes: int = 16
     """Passes over the samples."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     """Largest step of AdamW, reached after a short rise and lowered along a cosine."""
     weight_decay: float = 0.01
     """Of AdamW."""
@@ -60,7 +62,8 @@ class GateTraining:
             ("gate width", self.gate_dim, 2, 256),
             ("number of levels", self.num_levels, 1, 6),
             ("window in blocks", self.near_blocks, 1, 64),
-            ("rows of a block", self.rows_per_block, 1, 64),
+            ("number of rows", self.num_rows, 1, 65_536),
+            ("share of dense heads", self.dense_share, 0.0, 1.0),
             ("number of passes", self.num_passes, 1, 10_000),
         )
         for what, value, low, high in ranges:
@@ -81,7 +84,7 @@ def make_samples(
         decoder: the frozen model.
         texts: token ids, int64 [T] each.
         folder: where the files go, made if need be.
-        config: rows of a block, seed.
+        config: number of rows, seed.
         progress: told after every text.
 
     Returns:
@@ -94,11 +97,14 @@ def make_samples(
         if not file.exists():
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
             tensors = {}
-            samples = layer_samples(decoder, token_ids, rows_per_block=config.rows_per_block, generator=generator)
+            samples = layer_samples(decoder, token_ids, num_rows=config.num_rows, generator=generator)
             for layer, sample in enumerate(samples):
-                tensors[f"{layer}.queries"] = sample.queries.bfloat16()
-                tensors[f"{layer}.keys"] = sample.keys.bfloat16()
-                tensors[f"{layer}.mass"] = sample.mass.half()
+                for field in fields(sample):
+                    value = getattr(sample, field.name)
+                    stored = (
+                        value if field.name == "rows" else value.half() if field.name == "mass" else value.bfloat16()
+                    )
+                    tensors[f"{layer}.{field.name}"] = stored
             atomic_write_bytes(file, to_safetensors(tensors))
         files.append(file)
         progress("samples", index + 1, len(texts), {})
@@ -113,11 +119,13 @@ def read_samples(file: Path, num_layers: int) -> list[LayerSample]:
         num_layers: layers of the model.
 
     Returns:
-        A sample a layer, float32.
+        A sample a layer.
     """
     with safe_open(str(file), framework="pt") as stored:
         return [
-            LayerSample(*(stored.get_tensor(f"{layer}.{name}").float() for name in ("queries", "keys", "mass")))
+            LayerSample(
+                **{field.name: _wide(stored.get_tensor(f"{layer}.{field.name}")) for field in fields(LayerSample)}
+            )
             for layer in range(num_layers)
         ]
 
@@ -130,12 +138,11 @@ def new_gates(shape: ModelShape, config: GateTraining) -> torch.nn.ModuleList:
         config: widths, levels, seed.
     """
     torch.manual_seed(config.seed)
-    heads = shape.num_heads // shape.num_kv_heads
     return torch.nn.ModuleList(
         Gate(
+            shape.num_heads,
             shape.num_kv_heads,
-            heads * shape.head_dim,
-            3 * shape.head_dim,
+            shape.head_dim,
             gate_dim=config.gate_dim,
             num_levels=config.num_levels,
             theta=shape.rope.theta,
@@ -145,23 +152,95 @@ def new_gates(shape: ModelShape, config: GateTraining) -> torch.nn.ModuleList:
 
 
 def gate_loss(gate: Gate, sample: LayerSample, config: GateTraining) -> torch.Tensor:
-    """Mean divergence of one layer's gate from the true mass, over levels, blocks and groups.
+    """Mean divergence of one layer's expected shares from the true ones, over levels, rows and heads.
+
+    On each level the cells that a descent could open there stand beside the blocks that they leave over: the window's,
+    the first one, and those behind the last complete cell.
 
     Args:
         gate: the layer's gate.
         sample: one text in that layer.
         config: levels and window.
     """
-    losses = []
-    for level in range(config.num_levels):
-        free_BC = free_cells(len(sample.queries), level, config.near_blocks)
-        if not (free_BC.sum(1) > 1).any():
-            continue
-        cells_CGS = pool_statistics(sample.keys, level)
-        mass_BGC = sample.mass[:, :, : len(cells_CGS) * RADIX**level].unflatten(-1, (-1, RADIX**level)).sum(-1)
-        total, weight = level_loss(gate(sample.queries, cells_CGS, level), mass_BGC, free_BC)
-        losses.append(total / weight.clamp(min=1e-9))
+    blocks_R = sample.rows // BLOCK_TOKENS
+    own_mass = sample.mass.gather(2, blocks_R[:, None, None].expand(-1, sample.mass.shape[1], 1))[..., 0]
+    own = gate.own_block(sample.queries)
+    scores = _scores(gate, sample, 0)
+    before_RB = torch.arange(scores.shape[-1])[None] < blocks_R[:, None]
+    losses = [partition_loss([scores], [sample.mass], [before_RB], own, own_mass)]
+    for level in range(1, config.num_levels):
+        size = RADIX**level
+        num_cells = len(sample.statistics) // size
+        free_RC = free_cells(blocks_R, num_cells, level, config.near_blocks)
+        if not free_RC.any():
+            break
+        mass = sample.mass[:, :, : num_cells * size].unflatten(-1, (num_cells, size)).sum(-1)
+        left_RB = before_RB.clone()
+        left_RB[:, : num_cells * size] &= ~free_RC.repeat_interleave(size, dim=1)
+        both = [_scores(gate, sample, level), scores]
+        losses.append(partition_loss(both, [mass, sample.mass], [free_RC, left_RB], own, own_mass))
     return torch.stack(losses).mean()
+
+
+def missed_mass(gate: Gate, sample: LayerSample, config: GateTraining, min_share: float = 0.03) -> torch.Tensor:
+    """Sum the mass of whole blocks that heads look at and the gate would leave closed.
+
+    Args:
+        gate: the layer's gate.
+        sample: one text in that layer.
+        config: the window.
+        min_share: what opens a block.
+
+    Returns:
+        [G], of blocks that hold a tenth of some head's mass and more.
+    """
+    blocks_R = sample.rows // BLOCK_TOKENS
+    scores = _scores(gate, sample, 0)
+    before_RB = torch.arange(scores.shape[-1])[None] < blocks_R[:, None]
+    both = torch.cat((scores.masked_fill(~before_RB[:, None], -1e9), gate.own_block(sample.queries)[..., None]), dim=-1)
+    groups = (sample.means.shape[1], -1)
+    share_RGB = both.softmax(-1)[..., :-1].unflatten(1, groups).amax(2)
+    mass_RGB = sample.mass.unflatten(1, groups).amax(2)
+    free_RB = free_cells(blocks_R, scores.shape[-1], 0, config.near_blocks)
+    missed = (mass_RGB > 0.1) & (share_RGB < min_share) & free_RB[:, None]
+    return (mass_RGB * missed).sum((0, 2))
+
+
+def dense_heads(gates: torch.nn.ModuleList, files: Sequence[Path], config: GateTraining) -> torch.Tensor:
+    """Choose the key and value heads that have to see everything: those whose attention the gates miss most.
+
+    Args:
+        gates: trained.
+        files: of `make_samples`.
+        config: how many.
+
+    Returns:
+        bool [layers, G].
+    """
+    with torch.no_grad():
+        missed_LG = torch.stack(
+            [
+                torch.stack(
+                    [missed_mass(gate, sample, config) for gate, sample in zip(_as_list(gates), samples, strict=True)]
+                )
+                for samples in (read_samples(file, len(gates)) for file in files)
+            ]
+        ).sum(0)
+    count = round(config.dense_share * missed_LG.numel())
+    chosen = torch.zeros(missed_LG.numel(), dtype=torch.bool)
+    chosen[missed_LG.flatten().argsort(descending=True)[:count]] = True
+    return chosen.view_as(missed_LG) & (missed_LG > 0)
+
+
+def _scores(gate: Gate, sample: LayerSample, level: int) -> torch.Tensor:
+    """All cells of a level for all rows of a sample."""
+    statistics, means = pool_statistics(sample.statistics, level), pool_means(sample.means, level)
+    scores: torch.Tensor = gate(sample.queries, sample.rotated, sample.rows // BLOCK_TOKENS, statistics, means, level)
+    return scores
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def train_gates(
@@ -247,20 +326,20 @@ def _restore(
         return int(metadata["passes"])
 
 
-def save_gates(gates: torch.nn.ModuleList, theta: float, model: str, path: Path) -> None:
+def save_gates(gates: torch.nn.ModuleList, dense_LG: torch.Tensor, theta: float, model: str, path: Path) -> None:
     """Write gates as `dseek.models.gate_file` reads them, in bfloat16.
 
     Args:
         gates: of `new_gates`, trained.
+        dense_LG: of `dense_heads`.
         theta: base of their rotation.
         model: fingerprint of the model.
         path: the file, written whole or not at all.
     """
-    tensors = {
-        f"layers.{layer}.{part}": getattr(gate, part).detach().bfloat16().contiguous()
-        for layer, gate in enumerate(_as_list(gates))
-        for part in gate_file.PARTS
-    }
+    tensors = {f"layers.{layer}.dense": dense.bfloat16() for layer, dense in enumerate(dense_LG)}
+    for layer, gate in enumerate(_as_list(gates)):
+        for part in gate_file.LEARNED_PARTS:
+            tensors[f"layers.{layer}.{part}"] = getattr(gate, part).detach().bfloat16().contiguous()
     atomic_write_bytes(
         path, to_safetensors(tensors, {"format": gate_file.FORMAT, "theta": repr(theta), "model": model})
     )

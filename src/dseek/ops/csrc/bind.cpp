@@ -142,10 +142,10 @@ public:
         decoder_.set_rotary(cos.data(), sin.data(), static_cast<int>(cos.shape(0)));
     }
 
-    void set_pattern(int layer, const std::vector<int>& near_blocks, int top_blocks, bool far,
+    void set_pattern(int layer, const std::vector<int>& near_blocks, int top_blocks, bool far, double min_share,
                      const std::optional<Input<float, 2>>& level_bias, const std::optional<GateArrays>& gate) {
-        DynamicPattern pattern = pattern_of(near_blocks, top_blocks, far, level_bias);
-        if (gate) pattern.gate = gate_of(*gate, decoder_.shape().num_kv_heads);
+        DynamicPattern pattern = pattern_of(near_blocks, top_blocks, far, min_share, level_bias);
+        if (gate) pattern.gate = gate_of(*gate, decoder_.shape().num_heads, decoder_.shape().num_kv_heads);
         const std::lock_guard lock(mutex_);
         decoder_.set_pattern(layer, std::move(pattern));
     }
@@ -164,6 +164,13 @@ public:
         require_aligned(pages);
         const std::lock_guard lock(mutex_);
         return to_tuple(decoder_.selection(layer, kv_head, pages.data(), static_cast<int>(pages.size()), query_block));
+    }
+
+    nb::tuple row_selection(int layer, int kv_head, const Input<int32_t, 1>& pages, int position) {
+        require(pages.size() <= kMostRows, "a page table is too long");
+        require_aligned(pages);
+        const std::lock_guard lock(mutex_);
+        return to_tuple(decoder_.row_selection(layer, kv_head, pages.data(), static_cast<int>(pages.size()), position));
     }
 
     void allocate_cache(int num_pages) {
@@ -268,9 +275,10 @@ void bind_decoder(nb::module_& module) {
         .def("set_tables", &OwningDecoder::set_tables, nb::kw_only(), "embedding"_a, "head"_a, "final_norm"_a)
         .def("set_rotary", &OwningDecoder::set_rotary, "cos"_a, "sin"_a)
         .def("set_pattern", &OwningDecoder::set_pattern, "layer"_a, nb::kw_only(), "near_blocks"_a, "top_blocks"_a,
-             "far"_a = false, "level_bias"_a = nb::none(), "gate"_a = nb::none())
+             "far"_a = false, "min_share"_a = 0., "level_bias"_a = nb::none(), "gate"_a = nb::none())
         .def("set_gate_rotation", &OwningDecoder::set_gate_rotation, "cos"_a, "sin"_a)
         .def("selection", &OwningDecoder::selection, "layer"_a, "kv_head"_a, "pages"_a, "query_block"_a)
+        .def("row_selection", &OwningDecoder::row_selection, "layer"_a, "kv_head"_a, "pages"_a, "position"_a)
         .def("allocate_cache", &OwningDecoder::allocate_cache, "num_pages"_a)
         .def("forward", &OwningDecoder::forward, "token_ids"_a, "positions"_a, "row_starts"_a, "page_tables"_a,
              "logit_rows"_a)

@@ -71,47 +71,13 @@ void Decoder::set_gate_rotation(std::vector<float> cos, std::vector<float> sin, 
     gate_blocks_ = num_blocks;
 }
 
-Selection Decoder::selection(int layer, int kv_head, const int32_t* pages, int num_pages, int query_block) {
-    if (patterns_.empty() || pyramid_.empty()) refuse("no layer has a pattern");
-    if (layer < 0 || layer >= shape_.num_layers || kv_head < 0 || kv_head >= shape_.num_kv_heads ||
-        !patterns_[layer].active()) {
-        refuse("there is no such layer or key-value head with a pattern");
-    }
-    if (query_block < 0 || query_block >= num_pages) refuse("the page table does not reach that block");
-    for (int i = 0; i < num_pages; ++i) {
-        if (pages[i] < 0 || pages[i] >= num_pages_) refuse("page " + std::to_string(pages[i]) + " is out of range");
-    }
-    SelectionRoom room;
-    pyramid_.reserve(room, shape_.num_heads / shape_.num_kv_heads);
-    const HeadView head{cache_.data() + layout_.offset(0, layer, kv_head), pages, layer, kv_head};
-    pyramid_.recall(head, query_block, patterns_[layer].budget(kv_head), room);
-    return room.selection;
-}
-
-void Decoder::set_pattern(int layer, DynamicPattern pattern) {
-    if (num_pages_ > 0) refuse("a layer's pattern must be set before the cache is allocated");
-    if (layer < 0 || layer >= shape_.num_layers) refuse("there is no layer " + std::to_string(layer));
-    if (static_cast<int>(pattern.near_blocks.size()) != shape_.num_kv_heads) {
-        refuse("a pattern needs a window for each of the " + std::to_string(shape_.num_kv_heads) + " key-value heads");
-    }
-    for (const int blocks : pattern.near_blocks) {
-        if (blocks < 0 || blocks > 1 << 20) refuse("a window of " + std::to_string(blocks) + " blocks is out of range");
-    }
-    const Gate& gate = pattern.gate;
-    if (gate.active() && (gate.query_size != shape_.num_heads / shape_.num_kv_heads * shape_.head_dim ||
-                          gate.key_size != 3 * shape_.head_dim || gate.dim % 16 != 0)) {
-        refuse("a gate of another head width or number of heads, or a width that is no multiple of 16");
-    }
-    patterns_.resize(static_cast<size_t>(shape_.num_layers));
-    patterns_[layer] = std::move(pattern);
-}
-
 void Decoder::allocate_cache(int num_pages) {
     if (num_pages < 1) refuse("the cache needs at least one page");
     if (static_cast<size_t>(num_pages) > SIZE_MAX / layout_.page_bytes()) throw std::bad_alloc();
-    int top_blocks = 0, gate_dim = 0;
+    int top_blocks = 0, row_blocks = 0, gate_dim = 0;
     for (const DynamicPattern& pattern : patterns_) {
-        top_blocks = std::max(top_blocks, pattern.top_blocks);
+        int& most = pattern.min_share > 0.f ? row_blocks : top_blocks;
+        most = std::max(most, pattern.top_blocks);
         if (!pattern.gate.active()) continue;
         if (gate_dim != 0 && gate_dim != pattern.gate.dim) refuse("the layers' gates differ in width");
         gate_dim = pattern.gate.dim;
@@ -120,8 +86,10 @@ void Decoder::allocate_cache(int num_pages) {
         refuse("the gates' rotation is missing or has another width than they have");
     }
     if (gate_dim > 0 && gate_blocks_ < num_pages) refuse("the gates' rotation has fewer blocks than the cache pages");
+    selects_rows_ = row_blocks > 0;
     if (!patterns_.empty()) {
-        pyramid_ = Pyramid(layout_, num_pages, static_cast<int64_t>(num_pages) * kPageTokens, top_blocks, gate_dim);
+        pyramid_ = Pyramid(layout_, num_pages, static_cast<int64_t>(num_pages) * kPageTokens, top_blocks, row_blocks,
+                           gate_dim);
         pyramid_.rotation = gate_rotation_;
         if (gate_dim > 0 && cos_ != nullptr) {
             pyramid_.rotation.set_model(cos_, sin_, num_positions_, shape_.head_dim);
@@ -258,7 +226,8 @@ void Decoder::plan(const Batch& batch) {
         const bool needed = first != batch.logit_rows + batch.num_logit_rows && *first < task.row_begin + task.num_rows;
         // The selection of a query block that goes on in a later batch is made here and now.
         const int begin = batch.positions[task.row_begin], end = begin + task.num_rows;
-        const bool goes_on = !patterns_.empty() && begin % kPageTokens == 0 && end % kPageTokens != 0;
+        const bool goes_on =
+            !patterns_.empty() && (begin % kPageTokens == 0 || selects_rows_) && end % kPageTokens != 0;
         if (needed || goes_on) needed_tasks_.push_back(task);
     }
     const size_t heads = static_cast<size_t>(shape_.num_heads / groups);

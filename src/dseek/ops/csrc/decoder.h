@@ -80,6 +80,8 @@ public:
     void set_gate_rotation(std::vector<float> cos, std::vector<float> sin, int num_blocks);
     // What a query block attends to, as it was selected; for looking at.
     Selection selection(int layer, int kv_head, const int32_t* pages, int num_pages, int query_block);
+    // What the strip of a position attends to, up to its row, where rows select for themselves; for looking at.
+    RowSelection row_selection(int layer, int kv_head, const int32_t* pages, int num_pages, int position);
     void allocate_cache(int num_pages);
 
     // Writes logits [num_logit_rows][logit_stride()]. Throws std::invalid_argument for ids, positions or pages out of
@@ -129,6 +131,10 @@ private:
     void seal_blocks(const Batch& batch, int layer, int thread_idx, int& stage);
     // Restricts a call to what the pattern selects.
     void choose_blocks(const Batch& batch, int layer, const AttentionTask& task, Worker& worker, AttentionCall& call);
+    // Attends strip by strip, each row to what it selects; `whole` is the task's call.
+    void attend_by_rows(const Batch& batch, int layer, const AttentionTask& task, Worker& worker,
+                        const AttentionCall& whole);
+    void check_look(int layer, int kv_head, const int32_t* pages, int num_pages, int block, bool by_rows) const;
     void rotate_row(const Batch& batch, const BlockWeights& block, int row);
     void store_rows(const Batch& batch, int layer, int begin, int end);
     void attend(const Batch& batch, const BlockWeights& block, int layer, const AttentionTask& task, Worker& worker);
@@ -164,6 +170,7 @@ private:
     Pyramid pyramid_;
     GateRotation gate_rotation_;
     int gate_blocks_ = 0;
+    bool selects_rows_ = false;  // in some layer
 
     ThreadPool* team_ = nullptr;
     const KernelTable* table_ = nullptr;

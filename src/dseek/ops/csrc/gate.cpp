@@ -46,19 +46,36 @@ void GateRotation::set_model(const float* cos_table, const float* sin_table, int
         num_positions > 0 && half > 0 ? 1.f / (cos_table[0] * cos_table[0] + sin_table[0] * sin_table[0]) : 1.f;
 }
 
-void gate_query(const Gate& gate, const GateRotation& rotation, int kv_head, const float* query, int block,
-                float* out) {
+void GateRotation::turn_back(const float* x, int head_dim, int position, float* out) const {
+    const int half = head_dim / 2;
+    const size_t at = static_cast<size_t>(position / kPageTokens) * half * kPageTokens + position % kPageTokens;
+    for (int i = 0; i < half; ++i) {
+        const float cos = model_cos[at + static_cast<size_t>(i) * kPageTokens];
+        const float sin = model_sin[at + static_cast<size_t>(i) * kPageTokens];
+        out[i] = (x[i] * cos + x[i + half] * sin) * model_scale;
+        out[i + half] = (x[i + half] * cos - x[i] * sin) * model_scale;
+    }
+}
+
+void gate_query(const Gate& gate, const GateRotation& rotation, int head, const float* query, int block, float* out) {
     const size_t at = static_cast<size_t>(block) * (gate.dim / 2);
-    project(query, gate.query_size, gate.query.data() + static_cast<size_t>(kv_head) * gate.query_size * gate.dim,
-            gate.query_gain.data() + static_cast<size_t>(kv_head) * gate.dim, rotation.cos.data() + at,
+    project(query, gate.head_dim, gate.query.data() + static_cast<size_t>(head) * gate.head_dim * gate.dim,
+            gate.query_gain.data() + static_cast<size_t>(head) * gate.dim, rotation.cos.data() + at,
             rotation.sin.data() + at, gate.dim, out);
+}
+
+float gate_own(const Gate& gate, int head, const float* query) {
+    const float* weight = gate.own.data() + static_cast<size_t>(head) * gate.head_dim;
+    float total = gate.own_bias[head];
+    for (int i = 0; i < gate.head_dim; ++i) total += weight[i] * query[i];
+    return total;
 }
 
 void gate_key(const Gate& gate, const GateRotation& rotation, int kv_heads, int kv_head, int level,
               const float* statistics, int first_block, float* out) {
     const size_t index = static_cast<size_t>(std::min(level, gate.levels - 1)) * kv_heads + kv_head;
     const size_t at = static_cast<size_t>(first_block) * (gate.dim / 2);
-    project(statistics, gate.key_size, gate.key.data() + index * gate.key_size * gate.dim,
+    project(statistics, 3 * gate.head_dim, gate.key.data() + index * 3 * gate.head_dim * gate.dim,
             gate.key_gain.data() + index * gate.dim, rotation.cos.data() + at, rotation.sin.data() + at, gate.dim, out);
 }
 

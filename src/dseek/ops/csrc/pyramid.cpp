@@ -7,25 +7,36 @@
 #include <string>
 
 namespace dseek {
+namespace {
 
-Pyramid::Pyramid(const CacheLayout& layout, int num_pages, int64_t num_tokens, int top_blocks, int gate_dim)
+constexpr int kStripsOfBlock = kPageTokens / kStripRows;
+
+}  // namespace
+
+Pyramid::Pyramid(const CacheLayout& layout, int num_pages, int64_t num_tokens, int top_blocks, int row_blocks,
+                 int gate_dim)
     : layout_(layout),
       far_layout_(layout.type == CacheType::fp32 ? CacheType::fp32 : CacheType::bf16, layout.head_dim, 1, 1),
       num_pages_(num_pages),
       top_(top_level(num_tokens)),
       top_blocks_(top_blocks),
+      row_blocks_(row_blocks),
       gate_dim_(gate_dim) {
     constexpr int kMostOpenings = 1 << 12;
-    if (top_blocks < 0 || top_blocks > kMostOpenings) {
-        throw std::invalid_argument("blocks to select are " + std::to_string(top_blocks) + "; needed: 0 to " +
-                                    std::to_string(kMostOpenings));
+    if (top_blocks < 0 || top_blocks > kMostOpenings || row_blocks < 0 || row_blocks > kMostOpenings) {
+        throw std::invalid_argument("blocks to select are " + std::to_string(std::max(top_blocks, row_blocks)) +
+                                    "; needed: 0 to " + std::to_string(kMostOpenings));
     }
     const int num_blocks = static_cast<int>((num_tokens + kPageTokens - 1) / kPageTokens);
     most_far_ = most_far_cells(num_blocks, top_, top_blocks);
     means_bytes_ = static_cast<size_t>(layout.head_dim) * 2 * sizeof(float);
     openings_bytes_ = round_up_size((1 + static_cast<size_t>(top_blocks)) * sizeof(int32_t), 64);
-    if (gate_dim > 0) statistics_bytes_ = (3 * static_cast<size_t>(layout.head_dim) + gate_dim) * sizeof(float);
-    record_bytes_ = (means_bytes_ + openings_bytes_ + statistics_bytes_) * static_cast<size_t>(top_ + 1);
+    if (gate_dim > 0) statistics_bytes_ = (4 * static_cast<size_t>(layout.head_dim) + gate_dim) * sizeof(float);
+    row_top_ = row_top_level(num_blocks);
+    if (row_blocks > 0) strip_bytes_ = (1 + static_cast<size_t>(row_blocks)) * sizeof(int32_t);
+    strips_offset_ = (means_bytes_ + openings_bytes_ + statistics_bytes_) * static_cast<size_t>(top_ + 1);
+    record_bytes_ =
+        round_up_size(strips_offset_ + strip_bytes_ * kStripsOfBlock * static_cast<size_t>(row_top_ + 1), 64);
     memory_ = Pages(record_bytes_ * layout.num_kv_heads * layout.num_layers * static_cast<size_t>(num_pages));
 }
 
@@ -53,6 +64,12 @@ int32_t* Pyramid::openings(const HeadView& head, int block, int level) const {
                                       openings_bytes_ * static_cast<size_t>(level));
 }
 
+int32_t* Pyramid::strip_openings(const HeadView& head, int position, int level) const {
+    const int strip = position % kPageTokens / kStripRows;
+    return reinterpret_cast<int32_t*>(record(head, position / kPageTokens) + strips_offset_ +
+                                      strip_bytes_ * static_cast<size_t>(level * kStripsOfBlock + strip));
+}
+
 void Pyramid::reserve(SelectionRoom& room, int num_heads) const {
     const size_t far_pages = static_cast<size_t>(most_far_ + kPageTokens - 1) / kPageTokens;
     const size_t met = static_cast<size_t>(most_far_) + static_cast<size_t>(top_blocks_ + 16) * 8;
@@ -63,8 +80,7 @@ void Pyramid::reserve(SelectionRoom& room, int num_heads) const {
     room.means.reserve(met);
     room.scores.reserve(met);
     room.order.reserve(met);
-    room.query.resize(static_cast<size_t>(num_heads) * layout_.head_dim);
-    room.gate_query.resize(static_cast<size_t>(gate_dim_));
+    if (row_blocks_ > 0) reserve_rows(room, num_heads);
     room.rows.resize(static_cast<size_t>(kPageTokens) * 2 * layout_.head_dim);
     if (far_pages * far_layout_.head_bytes > room.far_pages.size()) {
         room.far_pages = Pages(far_pages * far_layout_.head_bytes);
@@ -106,45 +122,23 @@ void Pyramid::seal(const HeadView& head, int block, int level, const Gate& gate)
         }
         for (int i = 2 * d; i < 3 * d; ++i) own[i] *= 1.f / static_cast<float>(children);
     }
+    std::copy(target, target + d, own + 3 * d);
     gate_key(gate, rotation, layout_.num_kv_heads, head.kv_head, level, own, cell.index * cell_blocks(level),
-             own + 3 * d);
+             own + 4 * d);
 }
 
-void Pyramid::turn_back(const float* query, int num_heads, int block, float* out) const {
-    const int d = layout_.head_dim, half = d / 2;
-    const size_t at = static_cast<size_t>(block) * half * kPageTokens;
-    for (int h = 0; h < num_heads; ++h) {
-        const float* source = query + static_cast<size_t>(h) * d;
-        float* target = out + static_cast<size_t>(h) * d;
-        for (int i = 0; i < half; ++i) {
-            const float cos = rotation.model_cos[at + static_cast<size_t>(i) * kPageTokens];
-            const float sin = rotation.model_sin[at + static_cast<size_t>(i) * kPageTokens];
-            target[i] = (source[i] * cos + source[i + half] * sin) * rotation.model_scale;
-            target[i + half] = (source[i + half] * cos - source[i] * sin) * rotation.model_scale;
-        }
-    }
-}
-
-void Pyramid::select(const HeadView& head, int query_block, const Budget& budget, const Gate& gate, const float* query,
-                     int num_heads, SelectionRoom& room) {
-    const int d = layout_.head_dim;
-    if (gate.active()) {
-        turn_back(query, num_heads, query_block, room.query.data());
-        gate_query(gate, rotation, head.kv_head, room.query.data(), query_block, room.gate_query.data());
-    }
+void Pyramid::select(const HeadView& head, int query_block, const Budget& budget, const float* query, int num_heads,
+                     SelectionRoom& room) {
     const auto open = [&](int level, const std::vector<Cell>& candidates, std::vector<int32_t>& chosen) {
         const size_t count = candidates.size(), wanted = std::min(count, static_cast<size_t>(budget.top_blocks));
         int32_t* kept = openings(head, query_block, level);
         kept[0] = static_cast<int32_t>(wanted);
         if (wanted < count && wanted > 0) {
             room.means.clear();
-            for (const Cell& cell : candidates) {
-                room.means.push_back(gate.active() ? statistics(head, cell) + 3 * d : means(head, cell));
-            }
+            for (const Cell& cell : candidates) room.means.push_back(means(head, cell));
             room.scores.resize(count);
             // All cells of a level are equally large, so the logarithm of their tokens does not change their order.
-            kernels().score_cells(gate.active() ? room.gate_query.data() : query, gate.active() ? 1 : num_heads,
-                                  gate.active() ? gate.dim : d, room.means.data(), static_cast<int>(count),
+            kernels().score_cells(query, num_heads, layout_.head_dim, room.means.data(), static_cast<int>(count),
                                   room.scores.data());
             // Sorting needs numbers that compare: what is none comes last.
             for (float& score : room.scores) {

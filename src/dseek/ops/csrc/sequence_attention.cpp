@@ -41,8 +41,7 @@ struct Room {
 
 template <class Value>
 void sequence_attention(const SequenceShape& shape, const Value* q, const Value* k, const Value* v,
-                        const DynamicPattern& pattern, Value* out, std::vector<Selection>* selections,
-                        AttentionTimes* times) {
+                        const DynamicPattern& pattern, Value* out, AttentionTrace* trace) {
     constexpr CacheType kType = std::is_same_v<Value, float> ? CacheType::fp32 : CacheType::bf16;
     ThreadPool& team = thread_pool();
     const KernelTable& table = kernels();
@@ -56,7 +55,11 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
     if (cache.size() < cache_bytes) cache = Pages(cache_bytes);
     uint8_t* const cache_data = cache.data();
     Pyramid pyramid;
-    if (pattern.active()) pyramid = Pyramid(layout, blocks, shape.num_tokens, pattern.top_blocks, 0);
+    const bool by_rows = pattern.active() && pattern.min_share > 0.f;
+    if (pattern.active()) {
+        const int most = pattern.top_blocks;
+        pyramid = Pyramid(layout, blocks, shape.num_tokens, by_rows ? 0 : most, by_rows ? most : 0, 0);
+    }
     std::vector<int32_t> pages(static_cast<size_t>(blocks));
     for (int block = 0; block < blocks; ++block) pages[block] = block;
     const size_t block_floats = static_cast<size_t>(kPageTokens) * d;
@@ -65,7 +68,11 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
         room.rows.resize(2 * block_floats * static_cast<size_t>(heads));
         if (pattern.active()) pyramid.reserve(room.selection, heads);
     }
-    if (selections != nullptr) selections->assign(static_cast<size_t>(groups) * blocks, {});
+    constexpr int kStripsOfBlock = kPageTokens / kStripRows;
+    if (trace != nullptr) {
+        trace->blocks.assign(by_rows ? 0 : static_cast<size_t>(groups) * blocks, {});
+        trace->rows.assign(by_rows ? static_cast<size_t>(groups) * blocks * kStripsOfBlock : 0, {});
+    }
     const float scale = 1.f / std::sqrt(static_cast<float>(d));
     const auto rows_of = [&](int block) { return std::min(kPageTokens, shape.num_tokens - block * kPageTokens); };
     const auto start_of = [&](int head, int block) {
@@ -107,24 +114,49 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
         call.first_position = block * kPageTokens;
         call.num_rows = rows;
         call.scale = scale;
-        const double started = now_s();
-        if (pattern.active()) {
-            const Budget budget = pattern.budget(g);
-            pyramid.select(head_view(g), block, budget, {}, queries, heads, room.selection);
-            const Selection& selection = room.selection.selection;
-            call.blocks = selection.blocks.data();
-            call.num_blocks = static_cast<int>(selection.blocks.size());
-            if (pattern.far) {
-                const size_t first = static_cast<size_t>(g) * heads * static_cast<size_t>(pyramid.top() + 1);
-                const float* bias = pattern.level_bias.empty() ? nullptr : pattern.level_bias.data() + first;
-                call.far = pyramid.gather_far(head_view(g), heads, bias, scale, room.selection);
-            }
-            if (selections != nullptr) (*selections)[static_cast<size_t>(g) * blocks + block] = selection;
+        double selection_s = 0., attention_s = 0.;
+        const auto timed = [](double& total, const auto& body) {
+            const double started = now_s();
+            body();
+            total += now_s() - started;
+        };
+        for (int row = 0; row < (by_rows ? rows : 0); row += kStripRows) {
+            AttentionCall strip = call;
+            strip.first_position += row;
+            strip.num_rows = std::min(kStripRows, rows - row);
+            strip.query += row * stride;
+            strip.out += row * stride;
+            RowSelection& chosen = room.selection.by_rows;
+            timed(selection_s, [&] {
+                pyramid.select_rows(head_view(g),
+                                    {strip.first_position, strip.num_rows, strip.query, stride, heads, row > 0, false},
+                                    pattern.budget(g), {}, room.selection);
+            });
+            strip.blocks = chosen.blocks.data();
+            strip.from_rows = chosen.from_rows.data();
+            strip.num_blocks = static_cast<int>(chosen.blocks.size());
+            timed(attention_s, [&] { table.attention(strip); });
+            if (trace == nullptr) continue;
+            const size_t index = (static_cast<size_t>(g) * blocks + block) * kStripsOfBlock + row / kStripRows;
+            trace->rows[index] = chosen;
         }
-        const double chosen = now_s();
-        table.attention(call);
-        room.times.selection_s += chosen - started;
-        room.times.attention_s += now_s() - chosen;
+        if (pattern.active() && !by_rows) {
+            timed(selection_s, [&] {
+                pyramid.select(head_view(g), block, pattern.budget(g), queries, heads, room.selection);
+                const Selection& selection = room.selection.selection;
+                call.blocks = selection.blocks.data();
+                call.num_blocks = static_cast<int>(selection.blocks.size());
+                if (pattern.far) {
+                    const size_t first = static_cast<size_t>(g) * heads * static_cast<size_t>(pyramid.top() + 1);
+                    const float* bias = pattern.level_bias.empty() ? nullptr : pattern.level_bias.data() + first;
+                    call.far = pyramid.gather_far(head_view(g), heads, bias, scale, room.selection);
+                }
+                if (trace != nullptr) trace->blocks[static_cast<size_t>(g) * blocks + block] = selection;
+            });
+        }
+        if (!by_rows) timed(attention_s, [&] { table.attention(call); });
+        room.times.selection_s += selection_s;
+        room.times.attention_s += attention_s;
         for (int head = 0; head < heads; ++head) {
             Value* target = out + start_of(g * heads + head, block);
             for (int row = 0; row < rows; ++row) {
@@ -159,17 +191,18 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
         });
     });
     if (cache.size() > kMostKept) cache = Pages();
-    if (times == nullptr) return;
+    if (trace == nullptr) return;
+    trace->times = {};
     for (const Room& room : rooms) {
-        times->pyramid_s += room.times.pyramid_s;
-        times->selection_s += room.times.selection_s;
-        times->attention_s += room.times.attention_s;
+        trace->times.pyramid_s += room.times.pyramid_s;
+        trace->times.selection_s += room.times.selection_s;
+        trace->times.attention_s += room.times.attention_s;
     }
 }
 
 template void sequence_attention(const SequenceShape&, const float*, const float*, const float*, const DynamicPattern&,
-                                 float*, std::vector<Selection>*, AttentionTimes*);
+                                 float*, AttentionTrace*);
 template void sequence_attention(const SequenceShape&, const uint16_t*, const uint16_t*, const uint16_t*,
-                                 const DynamicPattern&, uint16_t*, std::vector<Selection>*, AttentionTimes*);
+                                 const DynamicPattern&, uint16_t*, AttentionTrace*);
 
 }  // namespace dseek

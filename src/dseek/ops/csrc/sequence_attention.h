@@ -23,11 +23,17 @@ struct AttentionTimes {
     double attention_s = 0.;
 };
 
+// What was attended to, where somebody wants to know.
+struct AttentionTrace {
+    std::vector<Selection> blocks;   // [kv heads][query blocks], of selections by blocks
+    std::vector<RowSelection> rows;  // [kv heads][strips], of selections by rows
+    AttentionTimes times;
+};
+
 // q and out [heads][tokens][d], k and v [kv heads][tokens][d]; Value is float, or uint16_t for bf16. A pattern that is
-// not active attends densely. `selections`, if given, receives what every [kv head][query block] attended to.
+// not active attends densely. `trace`, if given, is filled.
 template <class Value>
 void sequence_attention(const SequenceShape& shape, const Value* q, const Value* k, const Value* v,
-                        const DynamicPattern& pattern, Value* out, std::vector<Selection>* selections,
-                        AttentionTimes* times);
+                        const DynamicPattern& pattern, Value* out, AttentionTrace* trace);
 
 }  // namespace dseek

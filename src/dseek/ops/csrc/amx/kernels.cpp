@@ -6,6 +6,7 @@
 #include "../common/pack.h"
 #include "attention.h"
 #include "linear.h"
+#include "score_strip.h"
 
 namespace dseek {
 
@@ -23,6 +24,9 @@ const KernelTable& amx_kernels() {
         .page_means = page_means,
         .page_statistics = page_statistics,
         .score_cells = score_cells,
+        .pack_cells = pack_cells_512,
+        .score_strip = score_strip_amx,
+        .open_cells = open_cells,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,

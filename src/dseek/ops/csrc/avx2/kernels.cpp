@@ -3,6 +3,7 @@
 #include "../common/attention_portable.h"
 #include "../common/cells_portable.h"
 #include "../common/linear_portable.h"
+#include "../common/open_cells.h"
 #include "../common/pack.h"
 #include "../common/rows.h"
 
@@ -22,6 +23,9 @@ const KernelTable& avx2_kernels() {
         .page_means = page_means,
         .page_statistics = page_statistics,
         .score_cells = score_cells,
+        .pack_cells = pack_cells,
+        .score_strip = score_strip,
+        .open_cells = open_cells,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,

@@ -31,6 +31,12 @@ inline void hide_keys(float* scores, int first_key, int first_position, int wind
     }
 }
 
+// Overwrites the scores [16][64] of the first rows.
+inline void hide_rows(float* scores, int num_rows) {
+    const __m512 hidden = _mm512_set1_ps(kMasked);
+    for (int i = 0; i < num_rows * kPageTokens; i += 16) _mm512_storeu_ps(scores + i, hidden);
+}
+
 // Adds to each key's scores what its cell brings along.
 inline void add_bias(float* scores, const float* bias) {
     for (int v = 0; v < 4; ++v) {
@@ -147,13 +153,14 @@ void attention_strips(const AttentionCall& call) {
     const VisibleBlocks visible(call);
     for (int entry = visible.first(); entry < visible.end(); ++entry) {
         const WidePage page(layout, visible.page(entry), wide);
-        const int first_key = visible.block(entry) * kPageTokens;
+        const int first_key = visible.block(entry) * kPageTokens, from_row = visible.from_row(entry);
         for (int head = 0; head < call.num_heads; ++head) {
-            for (int s = 0; s < states.strips(); ++s) {
+            for (int s = from_row / kStrip; s < states.strips(); ++s) {
                 const StripView view(call, s, first_key);
                 if (!view.visible) continue;
                 attend(states.strip(head, s), page, [&] {
                     if (view.masked) hide_keys(scores, first_key, call.first_position + s * kStrip, call.window);
+                    if (from_row > s * kStrip) hide_rows(scores, from_row - s * kStrip);
                 });
             }
         }
@@ -177,7 +184,7 @@ void attention_512(const AttentionCall& call, const Strips& strips) {
     constexpr int kFewRows = 3;  // below this a strip of sixteen would be mostly empty
     if (call.layout->type == CacheType::fp32) {
         attention_portable(call);
-    } else if (call.num_rows <= kFewRows) {
+    } else if (call.num_rows == 1 || (call.num_rows <= kFewRows && call.from_rows == nullptr)) {
         AttentionCall one = call;
         one.num_rows = 1;
         for (int row = 0; row < call.num_rows; ++row) {

@@ -6,6 +6,7 @@
 #include "cache.h"
 #include "linear.h"
 #include "rows.h"
+#include "score_strip.h"
 
 namespace dseek {
 
@@ -23,6 +24,9 @@ const KernelTable& avx512_kernels() {
         .page_means = page_means,
         .page_statistics = page_statistics,
         .score_cells = score_cells,
+        .pack_cells = pack_cells_512,
+        .score_strip = score_strip_avx512,
+        .open_cells = open_cells,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,

@@ -103,6 +103,8 @@ public:
     int end() const { return end_; }
     // Index of an entry's block in the sequence.
     int block(int entry) const { return call_.blocks != nullptr ? call_.blocks[entry] : entry; }
+    // The first row of the call that attends to an entry's block.
+    int from_row(int entry) const { return call_.from_rows != nullptr ? call_.from_rows[entry] : 0; }
     const uint8_t* page(int entry) const {
         return call_.cache + static_cast<size_t>(call_.pages[block(entry)]) * call_.layout->page_bytes();
     }
@@ -206,7 +208,7 @@ inline void attention_portable(const AttentionCall& call) {
     for (int entry = visible.first(); entry < visible.end(); ++entry) {
         open_page(layout, visible.page(entry));
         const int first = visible.block(entry) * kPageTokens;
-        for_each_row(std::max(0, first - call.first_position),
+        for_each_row(std::max(visible.from_row(entry), first - call.first_position),
                      [&](int row, int, f32x16* scores, const RowState& state) {
                          const int newest = call.first_position + row;
                          const int oldest = call.window > 0 ? newest - call.window + 1 : 0;

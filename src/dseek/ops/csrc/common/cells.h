@@ -36,6 +36,11 @@ struct Budget {
     int near_blocks = 0;
     int top_blocks = 0;
     bool far = false;  // whether cells that stay closed count by their means
+    // Where above 0, every row opens for itself the cells that have this share of some head's mass, and a strip of
+    // sixteen rows up to `top_blocks` at each level. Otherwise the block's first row opens for all of them.
+    float min_share = 0.f;
+
+    bool by_rows() const { return min_share > 0.f; }
 };
 
 // How a cell lies to the near window, which is exact anyway, and to the first block, which always is.
@@ -47,6 +52,21 @@ inline CellFate fate_of(const Cell& cell, int query_block, const Budget& budget)
     if (first >= near_from || (cell.level == 0 && first == 0)) return CellFate::inside;
     if (end > near_from || first == 0) return CellFate::forced;
     return CellFate::free;
+}
+
+// The exact blocks of a strip of rows, ascending, and from which row of the strip on each is attended to.
+struct RowSelection {
+    std::vector<int32_t> blocks;
+    std::vector<uint8_t> from_rows;
+};
+
+// Level that a descent by rows starts from: flat while scoring every block costs little, then the lowest level with no
+// more than that many cells.
+inline int row_top_level(int num_blocks) {
+    constexpr int kMostFlat = 256;
+    int level = 0;
+    while (num_blocks > kMostFlat * cell_blocks(level) && level + 1 < kMostLevels) ++level;
+    return level;
 }
 
 // The exact blocks of a query block, ascending, its own included, and the far cells.

@@ -111,6 +111,7 @@ struct AttentionCall {
     // count entries of this list.
     const int32_t* blocks = nullptr;
     int num_blocks = 0;
+    const uint8_t* from_rows = nullptr;  // [num_blocks], first row that attends to each block; null: row 0
     FarCells far;
     float scale = 0.f;  // 1 / sqrt(d)
     // Decode split over pages: attend to [page_begin, page_end) only and leave the sums unnormalised.
@@ -118,6 +119,26 @@ struct AttentionCall {
     float* partial_max = nullptr;  // [num_heads], base-2 exponent
     float* partial_sum = nullptr;  // [num_heads]
 };
+
+// Scores of the cells of one level for the rows of a strip of sixteen queries, and which of them each row opens.
+struct OpenCall {
+    int num_heads = 0;
+    int row_begin = 0, row_end = 0;  // rows that open now; what earlier rows opened is in `opened_from`
+    int num_pages = 0;  // cells in pages of 64
+    const float* scores = nullptr;  // [heads][pages][16][64], base-2 logarithms of the cells' mass
+    const float* bias = nullptr;  // [pages * 64], added to the scores
+    const uint8_t* seen_from = nullptr;  // [pages * 64], first row that sees the cell; 16: none
+    uint8_t* opened_from = nullptr;  // [pages * 64], first row that opens it; kNeverOpened, kMayNotOpen
+    float* rest = nullptr;  // [heads][16], base-2 logarithm of the mass outside; in return, cells left closed are in it
+    float log_share = 0.f;  // base-2 logarithm of the least share of its head's mass that opens a cell
+    bool pass_on = false;  // whether `rest` is needed afterwards
+    int most = 0;  // cells that the strip may open, those opened earlier included
+};
+
+constexpr int kStripRows = 16;
+constexpr int kMostHeadsOfGroup = 64;  // that a selection by rows can weigh
+constexpr uint8_t kNeverOpened = 0xfe;  // so far
+constexpr uint8_t kMayNotOpen = 0xff;  // counted, but exact already
 
 struct KernelTable {
     const char* name;
@@ -139,6 +160,12 @@ struct KernelTable {
     // scores[i] = max over heads of query[head] . means[i]; query heads lie one after the other.
     void (*score_cells)(const float* query, int heads, int head_dim, const float* const* means, int count,
                         float* scores);
+    // Lays vectors [count][dim] out as keys of a page of 64, the unused ones zero. `exact` pages are fp32, others may
+    // be bf16; either way a page has room for dim * 64 floats.
+    void (*pack_cells)(const float* const* cells, int count, int dim, bool exact, void* page);
+    // scores[page][row][slot] = query[row] . cell, for sixteen rows of `dim` floats, dim a multiple of 16.
+    void (*score_strip)(const float* query, int dim, bool exact, const void* pages, int num_pages, float* scores);
+    void (*open_cells)(const OpenCall& call);
     double (*read_bytes)(const uint8_t* data, size_t num_bytes);
     void (*pack_panel)(uint8_t* blob, int panel, float* rows);
     void (*unpack_channel)(const Linear& weight, int channel, float* out);
