@@ -91,11 +91,12 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    record, met = _measure(row(options.name), _settings(options))
+    entry = row(options.name)
+    record, met = _measure(entry, _settings(options))
     if options.json:
         print(json.dumps(record))
     elif record["correct"]:
-        share = "" if record["limit_share"] is None else f", {100 * record['limit_share']:.1f} % of the limit"
+        share = "" if record["limit_share"] is None else f", {100 * record['limit_share']:.1f} % {entry.share_of}"
         beside = record["peer"] or "the bar"
         print(f"{record['name']}: {record['value']:.6g} {record['unit']}, {record['ratio']:.3f}x {beside}{share}")
         print("the claim is " + ("met" if met else "not met"))

@@ -69,7 +69,13 @@ def check_answers(
 
 
 def check_losses(
-    own: PeerProcess, model: BenchModel, token_ids: list[int], window: int, *, threads: int
+    own: PeerProcess,
+    model: BenchModel,
+    token_ids: list[int],
+    window: int,
+    *,
+    threads: int,
+    config: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Compare dseek's perplexity over a short text with the reference's, at the precision that was timed.
 
@@ -79,6 +85,7 @@ def check_losses(
         token_ids: the text.
         window: tokens of one window.
         threads: threads of the reference.
+        config: fields that the reference's configuration gets.
 
     Returns:
         Both perplexities and how often the likeliest tokens agree.
@@ -88,7 +95,7 @@ def check_losses(
     """
     ours = own.call("nll", token_ids=token_ids, window=window)
     own.freeze()
-    with reference(model, threads=threads) as judge:
+    with reference(model, threads=threads, config=config) as judge:
         theirs = judge.call("nll", token_ids=token_ids, window=window)
     own_perplexity, wanted = perplexity(ours["losses"]), perplexity(theirs["losses"])
     changes = [own_loss - loss for own_loss, loss in zip(ours["losses"], theirs["losses"], strict=True)]
@@ -102,12 +109,22 @@ def check_losses(
     }
 
 
-def reference(model: BenchModel, *, threads: int) -> PeerProcess:
-    """Start transformers in fp32 on the model; a context manager that ends it."""
+def reference(model: BenchModel, *, threads: int, config: dict[str, Any] | None = None) -> PeerProcess:
+    """Start transformers in fp32 on the model.
+
+    Args:
+        model: the model.
+        threads: its threads.
+        config: fields of the model's configuration to replace.
+
+    Returns:
+        The process, a context manager that ends it.
+    """
     print("benchmarks: loading the fp32 reference", file=sys.stderr)
     process = PeerProcess("transformers", threads=threads)
     try:
-        process.call("load", path=str(hf_folder(model)), threads=threads, context_tokens=0, options={})
+        options = {"config": config or {}}
+        process.call("load", path=str(hf_folder(model)), threads=threads, context_tokens=0, options=options)
     except BaseException:
         process.close()
         raise

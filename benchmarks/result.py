@@ -30,7 +30,8 @@ class Outcome:
     ratio: float | None = None
     """Peer's time over ours, or how many times the bar is met."""
     limit_share: float | None = None
-    """Fraction of what the measured machine could do at best; None where there is no physical limit."""
+    """Fraction of what the measured machine could do at best, or what the row's `share_of` says; None where there is
+    no physical limit."""
     peer: str | None = None
     """Who was measured beside; None for a bar."""
     details: dict[str, Any] = field(default_factory=dict)

@@ -19,7 +19,7 @@ START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 LEGEND = (
     "Ratio: the peer's median time over ours, taken in turn within one run, or how many times the bar is met; more is "
     "better. Share of the limit: of the GEMM rate or read bandwidth measured in the same run; for `load`, the share "
-    "of weights and cache in peak memory."
+    "of weights and cache in peak memory; for the quality of dynamic attention, the share of query-key pairs skipped."
 )
 """What the columns mean."""
 

@@ -1,7 +1,8 @@
 """dseek behind the same protocol as its peers, through its Python interface: `dseek.load` and the engine.
 
-Operations beside the common ones: `encode` (text to ids), `nll` (see `transformers_worker`), `plan` (what was planned),
-`predict` (what the cost model says of a run), `generate_batch`.
+Operations beside the common ones: `encode` and `encode_all` (text to ids), `pieces` (ids to the text of each), `nll`
+(see `transformers_worker`), `plan` (what was planned), `predict` (what the cost model says of a run), `generate_batch`,
+`watch` and `skipped` (what attention left out).
 """
 
 from __future__ import annotations
@@ -107,11 +108,25 @@ class DseekWorker(Worker):
         """Token ids of a text, without special ones, by the tokenizer of a model that need not be loaded."""
         from dseek.models.files import open_model
 
-        with_files = open_model(path)
-        try:
-            return {"token_ids": list(with_files.tokenizer().encode(text, add_special_tokens=False))}
-        finally:
-            with_files.close()
+        with open_model(path) as files:
+            return {"token_ids": list(files.tokenizer().encode(text, add_special_tokens=False))}
+
+    def encode_all(self, path: str, texts: list[str]) -> Answer:
+        """Token ids of several texts, as `encode`."""
+        from dseek.models.files import open_model
+
+        with open_model(path) as files:
+            tokenizer = files.tokenizer()
+            return {"token_ids": [list(tokenizer.encode(text, add_special_tokens=False)) for text in texts]}
+
+    def pieces(self, path: str, token_ids: list[int]) -> Answer:
+        """What each token says by itself."""
+        from dseek.models.files import open_model
+
+        with open_model(path) as files:
+            tokenizer = files.tokenizer()
+            said = {token: tokenizer.decode([token], skip_special_tokens=False) for token in set(token_ids)}
+            return {"texts": [said[token] for token in token_ids]}
 
     def nll(self, token_ids: list[int], window: int) -> Answer:
         """Score a text in windows through the engine; see `transformers_worker`."""
@@ -128,6 +143,44 @@ class DseekWorker(Worker):
                 losses.extend(row_losses)
                 best.extend(row_best)
         return {"losses": losses, "best": best}
+
+    def watch(self) -> Answer:
+        """From now on remember where a sequence lies, for `skipped`.
+
+        Returns:
+            `attention`, the patterns in words, and `gate`, whether a trained one chooses.
+        """
+        from benchmarks.peers.attention_pairs import WatchedRunner
+        from dseek.engine.native_runner import NativeRunner
+        from dseek.models.gate_file import find_gates
+        from dseek.plan.attention_wish import patterns_text
+
+        runner, patterns = self.llm.engine.runner, self.llm.plan.attention_patterns
+        if not isinstance(runner, NativeRunner):
+            raise NotImplementedError("selections can be looked at with the native kernels alone")
+        self.llm.engine.runner = WatchedRunner(runner)
+        dynamic = any(pattern.kind == "dynamic" for pattern in patterns)
+        return {
+            "attention": patterns_text(patterns),
+            "gate": dynamic and find_gates(self.llm.files) is not None,
+        }
+
+    def skipped(self, firsts: list[int]) -> Answer:
+        """Count what attention left out of the last sequence, over all layers.
+
+        Args:
+            firsts: first query positions to count from.
+
+        Returns:
+            `shares` of the causal pairs of a query and an earlier position (or its own), one for each of `firsts`.
+        """
+        from benchmarks.peers.attention_pairs import WatchedRunner, count_skipped
+
+        watched = self.llm.engine.runner
+        if not isinstance(watched, WatchedRunner) or not watched.is_whole:
+            raise RuntimeError("no sequence was computed with all its logits since `watch`: `nll` does that")
+        counts = [count_skipped(watched, self.llm.plan, first) for first in firsts]
+        return {"shares": [skipped / total for total, skipped in counts]}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, __version__
 
 from benchmarks.peers.worker import Answer, Worker, serve, steady_token_s
 from benchmarks.scoring import regrets, score_rows
@@ -25,15 +25,20 @@ LOGIT_ROWS = 512
 
 
 class TransformersWorker(Worker):
-    """A Hugging Face folder with scaled-dot-product attention. Option `dtype`: float32 (the default) or bfloat16."""
+    """A Hugging Face folder with scaled-dot-product attention.
+
+    Options: `dtype`, float32 (the default) or bfloat16; `config`, fields of the configuration to replace.
+    """
 
     @torch.inference_mode()
     def load(self, path: str, threads: int, context_tokens: int, options: dict[str, Any] | None = None) -> Answer:
         """See `worker`."""
         started = time.perf_counter()
         torch.set_num_threads(threads)
-        dtype = getattr(torch, (options or {}).get("dtype", "float32"))
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        wanted = options or {}
+        dtype = getattr(torch, wanted.get("dtype", "float32"))
+        config = AutoConfig.from_pretrained(path, **wanted.get("config", {}))
+        self.model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
         self.model.eval()
         return {"load_s": time.perf_counter() - started, "version": __version__}
 

@@ -68,6 +68,27 @@ class NativeRunner(Runner):
         )
         return logits
 
+    def selection(
+        self, layer: int, kv_head: int, pages: np.ndarray, query_block: int
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Tell what a block of queries attended to in a layer that is not dense; for looking at, not for running.
+
+        Args:
+            layer: index of the layer.
+            kv_head: index of the key-value head.
+            pages: int32 [P], page table of the sequence, which must still lie there.
+            query_block: index of the queries' block.
+
+        Returns:
+            Blocks attended to token by token, rising, its own the last; level and index of cells that count by means.
+
+        Raises:
+            ValueError: there is no such layer, head, page or block, or the layer has no pattern.
+        """
+        assert self._decoder is not None, "the runner is closed"
+        exact, far = self._decoder.selection(layer, kv_head, pages, query_block)
+        return list(exact), [(level, index) for level, index in far]
+
     def close(self) -> None:
         """Free the weights and the cache."""
         self._decoder = None
