@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dseek.core.attention_pattern import BLOCK_TOKENS
 from dseek.engine.runner import Runner
+from dseek.ops.attention.row_selection import STRIP_ROWS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,6 +88,27 @@ def seen_pairs(query_block: int, exact_blocks: list[int], num_far: int, first: i
     return before + causal_pairs(first - start, past - start)
 
 
+def seen_pairs_by_rows(first_row: int, exact_blocks: list[int], first_rows: list[int], first: int, past: int) -> int:
+    """Count the pairs of sixteen queries that select for themselves, for one head.
+
+    Args:
+        first_row: position of the first of them, a multiple of 16.
+        exact_blocks: blocks that any of them attends to, their own the last.
+        first_rows: for each block the first of them that does, from 0 on.
+        first: first query position that is counted.
+        past: the position behind the last query that is counted.
+    """
+    own, end = first_row // BLOCK_TOKENS, min(first_row + STRIP_ROWS, past)
+    assert exact_blocks[-1] == own and len(set(exact_blocks)) == len(exact_blocks)
+    before = sum(
+        BLOCK_TOKENS * max(0, end - max(first, first_row + row))
+        for block, row in zip(exact_blocks, first_rows, strict=True)
+        if block != own
+    )
+    start = own * BLOCK_TOKENS
+    return before + (causal_pairs(max(first, first_row) - start, end - start) if end > first else 0)
+
+
 def count_skipped(watched: WatchedRunner, plan: Plan, first: int) -> tuple[int, int]:
     """Count the pairs of the last sequence over all layers and key-value heads.
 
@@ -108,6 +130,12 @@ def count_skipped(watched: WatchedRunner, plan: Plan, first: int) -> tuple[int, 
             continue
         skipped += causal
         for head in range(plan.shape.num_kv_heads):
+            if pattern.min_share:
+                for row in range(first // STRIP_ROWS * STRIP_ROWS, past, STRIP_ROWS):
+                    newest = min(row + STRIP_ROWS, past) - 1
+                    blocks, rows = watched.runner.row_selection(layer, head, watched.pages, newest)
+                    skipped -= seen_pairs_by_rows(row, blocks, rows, first, past)
+                continue
             for block in range(first // BLOCK_TOKENS, -(-past // BLOCK_TOKENS)):
                 exact, far = watched.runner.selection(layer, head, watched.pages, block)
                 skipped -= seen_pairs(block, exact, len(far), first, past)

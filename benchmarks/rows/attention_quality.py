@@ -39,15 +39,17 @@ SAME_LOSS = 0.01
 class Budget:
     """What a query may look at."""
 
-    window_tokens: int = 256
+    window_tokens: int = 64
     """Tokens before its own block."""
-    top_blocks: int = 9
-    """Blocks of 64 tokens that are selected."""
+    min_share: float = 0.024
+    """Share of some head's attention for which a query opens a block of 64 tokens."""
+    top_blocks: int = 64
+    """Blocks that sixteen neighbouring queries may open."""
 
 
 DENSE: dict[str, Any] = {"attention": "dense"}
 
-DENSITY_FIFTH = Budget(top_blocks=8)
+DENSITY_FIFTH = Budget(min_share=0.026)
 """Looks at a fifth of the causal pairs of 8192 tokens."""
 
 
@@ -61,7 +63,7 @@ def dynamic_wish(budget: Budget) -> dict[str, Any]:
         "attention": "dynamic",
         "attention_window": budget.window_tokens,
         "attention_top_blocks": budget.top_blocks,
-        "attention_far": False,
+        "attention_min_share": budget.min_share,
     }
 
 

@@ -46,6 +46,16 @@ def test_seen_pairs_are_those_of_a_mask(first: int, past: int) -> None:
     assert attention_pairs.seen_pairs(3, [0, 2, 3], 5, first, past) == rows.sum() + 5 * len(rows)
 
 
+@pytest.mark.parametrize(("first", "past"), [(0, 1000), (200, 1000), (0, 210), (196, 201), (200, 203), (0, 192)])
+def test_seen_pairs_by_rows_are_those_of_a_mask(first: int, past: int) -> None:
+    mask = np.zeros((256, 256), dtype=int)
+    mask[192:208, 0:64] = 1
+    mask[199:208, 64:128] = 1  # the seventh row of the strip opens a block
+    mask[192:, 192:] = np.tri(64, dtype=int)
+    rows = mask[max(first, 192) : min(past, 208)]
+    assert attention_pairs.seen_pairs_by_rows(192, [0, 1, 3], [0, 7, 0], first, past) == rows.sum()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tiny.save("llama-nine-heads", tmp_path_factory.mktemp("model"))
@@ -112,12 +122,12 @@ def test_runner_tells_what_it_selected_and_refuses_what_there_is_not(folder: Pat
 
 
 def test_rows_attend_as_one_function_says() -> None:
-    budget = attention_quality.Budget(window_tokens=128, top_blocks=5)
+    budget = attention_quality.Budget(window_tokens=128, top_blocks=5, min_share=0.1)
     assert attention_quality.dynamic_wish(budget) == {
         "attention": "dynamic",
         "attention_window": 128,
         "attention_top_blocks": 5,
-        "attention_far": False,
+        "attention_min_share": 0.1,
     }
 
 

@@ -89,6 +89,25 @@ class NativeRunner(Runner):
         exact, far = self._decoder.selection(layer, kv_head, pages, query_block)
         return list(exact), [(level, index) for level, index in far]
 
+    def row_selection(self, layer: int, kv_head: int, pages: np.ndarray, position: int) -> tuple[list[int], list[int]]:
+        """Tell what sixteen queries attended to, up to one of them, where each selects for itself; for looking at.
+
+        Args:
+            layer: index of the layer.
+            kv_head: index of the key-value head.
+            pages: int32 [P], page table of the sequence, which must still lie there.
+            position: of the newest query that is asked for; those from the multiple of 16 before it on are meant.
+
+        Returns:
+            Blocks attended to, rising, its own the last; for each the first of the queries that does, from 0 on.
+
+        Raises:
+            ValueError: there is no such layer, head, page or position, or the layer's queries do not select so.
+        """
+        assert self._decoder is not None, "the runner is closed"
+        blocks, first_rows = self._decoder.row_selection(layer, kv_head, pages, position)
+        return list(blocks), list(first_rows)
+
     def close(self) -> None:
         """Free the weights and the cache."""
         self._decoder = None
