@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from dseek.core.attention_pattern import BLOCK_TOKENS
-from dseek.models.decoder import Attention, Block, Decoder
-from dseek.ops.attention.rotary import rotate
+from dseek.models.decoder import Decoder
+from dseek.models.projections import layer_projections
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,30 +49,14 @@ def layer_samples(
     assert decoder.shape.sliding_window is None, "a gate is trained where layers see everything"
     num_blocks = len(token_ids) // BLOCK_TOKENS
     num_tokens = num_blocks * BLOCK_TOKENS
-    model = decoder.model
-    x_TD = model.embed_tokens(token_ids[:num_tokens])
-    rotation = model.rotary_emb(torch.arange(num_tokens), x_TD.dtype)
-    for block in model.layers:
-        assert isinstance(block, Block)
-        attention = block.self_attn
-        q_THd, k_TGd, v_TGd = _project(attention, block.input_layernorm(x_TD))
-        q_rotated_THd, k_rotated_TGd = rotate(q_THd, *rotation), rotate(k_TGd, *rotation)
-        out_1HTd = F.scaled_dot_product_attention(
-            q_rotated_THd.transpose(0, 1)[None],
-            k_rotated_TGd.transpose(0, 1)[None],
-            v_TGd.transpose(0, 1)[None],
-            is_causal=True,
-            enable_gqa=attention.grouped,
-        )
+    for projections in layer_projections(decoder, token_ids[:num_tokens]):
         offsets_BR = torch.rand(num_blocks, BLOCK_TOKENS, generator=generator).argsort(dim=1)[:, :rows_per_block]
         rows_BR = torch.arange(num_blocks)[:, None] * BLOCK_TOKENS + offsets_BR
         yield LayerSample(
-            queries=q_THd[::BLOCK_TOKENS].reshape(num_blocks, k_TGd.shape[1], -1).float(),
-            keys=key_statistics(k_TGd.float()),
-            mass=pooled_mass(q_rotated_THd, k_rotated_TGd, rows_BR),
+            queries=projections.queries[::BLOCK_TOKENS].reshape(num_blocks, decoder.shape.num_kv_heads, -1).float(),
+            keys=key_statistics(projections.keys.float()),
+            mass=pooled_mass(projections.rotated_queries, projections.rotated_keys, rows_BR),
         )
-        x_TD = x_TD + attention.o_proj(out_1HTd[0].transpose(0, 1).flatten(1))
-        x_TD = x_TD + block.mlp(block.post_attention_layernorm(x_TD))
 
 
 def key_statistics(k_TGd: torch.Tensor) -> torch.Tensor:
@@ -113,11 +96,3 @@ def pooled_mass(q_THd: torch.Tensor, k_TGd: torch.Tensor, rows_BR: torch.Tensor)
         mass_PRB = weights_PRT.unflatten(-1, (num_blocks, BLOCK_TOKENS)).sum(-1)
         masses.append(mass_PRB.amax(0).unflatten(0, (num_blocks, rows_per_block)).mean(1))
     return torch.stack(masses, dim=1)
-
-
-def _project(attention: Attention, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make queries [T, H, d], keys [T, G, d] and values [T, G, d], none rotated."""
-    heads = (len(x_TD), -1, attention.head_dim)
-    q_THd = attention.q_norm(attention.q_proj(x_TD).view(heads))
-    k_TGd = attention.k_norm(attention.k_proj(x_TD).view(heads))
-    return q_THd, k_TGd, attention.v_proj(x_TD).view(heads)
