@@ -96,9 +96,7 @@ def _attend(q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, windo
     return torch.cat(chunks)
 
 
-def _fused(
-    q_RHd: torch.Tensor, k_SGd: torch.Tensor, v_SGd: torch.Tensor, mask_RS: torch.Tensor | None
-) -> torch.Tensor:
+def _fused(q_RHd: torch.Tensor, k_SGd: torch.Tensor, v_SGd: torch.Tensor, mask_RS: torch.Tensor | None) -> torch.Tensor:
     """PyTorch's attention with the heads in the middle; no mask means the causal one."""
     out_1HRd = F.scaled_dot_product_attention(
         q_RHd.transpose(0, 1)[None],
