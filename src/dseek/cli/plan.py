@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING
 
 from dseek.cli.options import (
@@ -16,6 +17,7 @@ from dseek.cli.options import (
     open_from,
     positive_int,
 )
+from dseek.cli.show_attention import add_show_attention, check_options, draw, summary_line
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -57,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="FILE", help="write the plan to a file that every command takes as --plan")
     add_request_options(parser, "--prompt")
     add_attention_options(parser.add_argument_group("attention"))
+    add_show_attention(parser)
     add_json(parser)
 
 
@@ -70,13 +73,15 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        DseekError: the model cannot be opened, a wish cannot be granted, or the memory does not suffice.
+        DseekError: the model cannot be opened, a wish cannot be granted, the memory does not suffice, or the picture of
+            attention cannot be drawn.
     """
     from dseek.cli.measuring import measured_machine
     from dseek.plan.attention_wish import AttentionWish
     from dseek.plan.objective import DEFAULT_QUALITY_LOSS, Objective
     from dseek.plan.plan import make
 
+    check_options(args)
     loss = DEFAULT_QUALITY_LOSS if args.max_quality_loss is None else args.max_quality_loss
     objective = Objective(
         kind=args.objective,
@@ -113,8 +118,10 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.save:
         plan.save(args.save)
+    drawn = draw(args, plan) if args.show_attention is not None else None
     if args.json:
-        print(plan.to_json())
+        shown = plan.to_json()
+        print(shown if drawn is None else json.dumps(json.loads(shown) | {"shown_attention": drawn}, indent=1))
         return 0
     from rich.console import Console
 
@@ -122,6 +129,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(_summary(plan, machine))
     for choice in plan.choices:
         console.print(_choice(choice))
+    if drawn is not None:
+        print(summary_line(drawn))
     return 0
 
 

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from dseek.core.attention_pattern import BLOCK_TOKENS
-from dseek.models.decoder import Attention, Block, Decoder
-from dseek.ops.attention.rotary import rotate
+from dseek.models.decoder import Decoder
+from dseek.models.projections import layer_projections
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,32 +53,17 @@ def layer_samples(
     assert decoder.shape.sliding_window is None, "a gate is trained where layers see everything"
     num_blocks = len(token_ids) // BLOCK_TOKENS
     num_tokens = num_blocks * BLOCK_TOKENS
-    model = decoder.model
-    x_TD = model.embed_tokens(token_ids[:num_tokens])
-    rotation = model.rotary_emb(torch.arange(num_tokens), x_TD.dtype)
-    for block in model.layers:
-        assert isinstance(block, Block)
-        attention = block.self_attn
-        q_THd, k_TGd, v_TGd = _project(attention, block.input_layernorm(x_TD))
-        q_rotated_THd, k_rotated_TGd = rotate(q_THd, *rotation), rotate(k_TGd, *rotation)
-        out_1HTd = F.scaled_dot_product_attention(
-            q_rotated_THd.transpose(0, 1)[None],
-            k_rotated_TGd.transpose(0, 1)[None],
-            v_TGd.transpose(0, 1)[None],
-            is_causal=True,
-            enable_gqa=attention.grouped,
-        )
+    for projections in layer_projections(decoder, token_ids[:num_tokens]):
         rows_R = torch.randperm(num_tokens, generator=generator)[:num_rows].sort().values
+        rotated_keys = projections.rotated_keys
         yield LayerSample(
             rows=rows_R,
-            queries=q_THd[rows_R].float(),
-            rotated=q_rotated_THd[rows_R].float(),
-            statistics=key_statistics(k_TGd.float()),
-            means=k_rotated_TGd.float().unflatten(0, (-1, BLOCK_TOKENS)).mean(1),
-            mass=block_mass(q_rotated_THd[rows_R], k_rotated_TGd, rows_R),
+            queries=projections.queries[rows_R].float(),
+            rotated=projections.rotated_queries[rows_R].float(),
+            statistics=key_statistics(projections.keys.float()),
+            means=rotated_keys.float().unflatten(0, (-1, BLOCK_TOKENS)).mean(1),
+            mass=block_mass(projections.rotated_queries[rows_R], rotated_keys, rows_R),
         )
-        x_TD = x_TD + attention.o_proj(out_1HTd[0].transpose(0, 1).flatten(1))
-        x_TD = x_TD + block.mlp(block.post_attention_layernorm(x_TD))
 
 
 def key_statistics(k_TGd: torch.Tensor) -> torch.Tensor:
@@ -114,11 +98,3 @@ def block_mass(q_RHd: torch.Tensor, k_TGd: torch.Tensor, rows_R: torch.Tensor) -
         weights_PRT = scores_PRT.masked_fill_(hidden_RT, float("-inf")).softmax(dim=-1)
         masses.append(weights_PRT.unflatten(-1, (-1, BLOCK_TOKENS)).sum(-1).transpose(0, 1))
     return torch.cat(masses, dim=1)
-
-
-def _project(attention: Attention, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make queries [T, H, d], keys [T, G, d] and values [T, G, d], none rotated."""
-    heads = (len(x_TD), -1, attention.head_dim)
-    q_THd = attention.q_norm(attention.q_proj(x_TD).view(heads))
-    k_TGd = attention.k_norm(attention.k_proj(x_TD).view(heads))
-    return q_THd, k_TGd, attention.v_proj(x_TD).view(heads)
