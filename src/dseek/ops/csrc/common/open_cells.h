@@ -37,58 +37,98 @@ inline void score_strip(const float* query, int dim, bool, const void* pages, in
     }
 }
 
-inline i32x16 load_bytes(const uint8_t* source) {
+inline i32x16 load(const int32_t* source) {
     i32x16 value;
-    for (int lane = 0; lane < 16; ++lane) value[lane] = source[lane];
+    std::memcpy(&value, source, sizeof value);
     return value;
 }
 
-// Base-2 logarithm of the sum of 2^score over the cells that `counts(cells)` picks, 16 at a time, and of `rest`.
+inline float largest_lane(f32x16 value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(value));
+#else
+    float largest = value[0];
+    for (int lane = 1; lane < 16; ++lane) largest = value[lane] > largest ? value[lane] : largest;
+    return largest;
+#endif
+}
+
+inline float sum_of_lanes(f32x16 value) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(reinterpret_cast<__m512>(value));
+#else
+    return sum(value);
+#endif
+}
+
+// Whether any lane of a comparison holds.
+inline bool any_lane(i32x16 value) {
+#if defined(__AVX512F__)
+    const auto bits = reinterpret_cast<__m512i>(value);
+    return _mm512_test_epi32_mask(bits, bits) != 0;
+#else
+    int64_t parts[8], any = 0;
+    std::memcpy(parts, &value, sizeof parts);
+    for (const int64_t part : parts) any |= part;
+    return any != 0;
+#endif
+}
+
+// Base-2 logarithm of the sum of 2^score over the cells that `counts(v)` picks, 16 at a time, and of `rest`. `scores`
+// are a row's, already with their bias.
 template <class Counts>
-float log_mass(const float* scores, size_t page_stride, const OpenCall& call, float rest, const Counts& counts) {
+float log_mass(const float* scores, int vectors, float rest, const Counts& counts) {
     f32x16 largest = splat(rest);
-    const auto masked = [&](int v) {
-        const f32x16 score = load(scores + v / 4 * page_stride + v % 4 * 16) + load(call.bias + v * 16);
-        return counts(v) ? score : splat(kNoMass);
-    };
-    const int vectors = call.num_pages * (kPageTokens / 16);
-    for (int v = 0; v < vectors; ++v) largest = max(largest, masked(v));
-    float peak = largest[0];
-    for (int lane = 1; lane < 16; ++lane) peak = largest[lane] > peak ? largest[lane] : peak;
+    for (int v = 0; v < vectors; ++v) {
+        const f32x16 score = load(scores + v * 16);
+        largest = max(largest, counts(v) ? score : splat(kNoMass));
+    }
+    const float peak = largest_lane(largest);
     if (!(peak > kNoMass)) return kNoMass;
     f32x16 total{};
-    for (int v = 0; v < vectors; ++v) total += exp2(masked(v) - peak);
-    return peak + std::log2(sum(total) + std::exp2(rest - peak));
+    for (int v = 0; v < vectors; ++v) {
+        const f32x16 mass = exp2(load(scores + v * 16) - peak);
+        total += counts(v) ? mass : f32x16{};
+    }
+    return peak + std::log2(sum_of_lanes(total) + std::exp2(rest - peak));
 }
 
 inline void open_cells(const OpenCall& call) {
-    const size_t row_floats = kPageTokens, page_floats = kStripRows * row_floats;
-    const size_t head_floats = page_floats * call.num_pages;
-    const int vectors = call.num_pages * (kPageTokens / 16);
     struct Found {
         float over;
         int place;
     };
     thread_local std::vector<Found> found;
+    thread_local std::vector<int32_t> seen_from, opened_from;
+    thread_local std::vector<float> row_scores;  // [heads][cells]
+    const int cells = call.num_pages * kPageTokens, vectors = cells / 16;
+    const size_t page_floats = static_cast<size_t>(kStripRows) * kPageTokens,
+                 head_floats = page_floats * call.num_pages;
+    seen_from.assign(call.seen_from, call.seen_from + cells);
+    opened_from.assign(call.opened_from, call.opened_from + cells);
+    row_scores.resize(static_cast<size_t>(call.num_heads) * cells);
     int opened = 0;
-    for (int i = 0; i < vectors * 16; ++i) opened += call.opened_from[i] < kStripRows;
+    for (int i = 0; i < cells; ++i) opened += opened_from[i] < kStripRows;
     for (int row = call.row_begin; row < call.row_end; ++row) {
-        const auto seen = [&](int v) { return load_bytes(call.seen_from + v * 16) <= row; };
+        const auto seen = [&](int v) { return load(seen_from.data() + v * 16) <= row; };
         float floor[kMostHeadsOfGroup];
         for (int head = 0; head < call.num_heads; ++head) {
-            const float* scores = call.scores + head * head_floats + row * row_floats;
-            floor[head] =
-                call.log_share + log_mass(scores, page_floats, call, call.rest[head * kStripRows + row], seen);
+            float* scores = row_scores.data() + static_cast<size_t>(head) * cells;
+            const float* source = call.scores + head * head_floats + row * kPageTokens;
+            for (int v = 0; v < vectors; ++v) {
+                store(scores + v * 16, load(source + v / 4 * page_floats + v % 4 * 16) + load(call.bias + v * 16));
+            }
+            floor[head] = call.log_share + log_mass(scores, vectors, call.rest[head * kStripRows + row], seen);
         }
         found.clear();
         for (int v = 0; v < vectors && opened < call.most; ++v) {
             f32x16 over = splat(kNoMass);
             for (int head = 0; head < call.num_heads; ++head) {
-                const float* scores = call.scores + head * head_floats + row * row_floats + v / 4 * page_floats;
-                over = max(over, load(scores + v % 4 * 16) + load(call.bias + v * 16) - floor[head]);
+                over = max(over, load(row_scores.data() + static_cast<size_t>(head) * cells + v * 16) - floor[head]);
             }
-            const i32x16 from = load_bytes(call.opened_from + v * 16);
-            const i32x16 opens = (over >= 0.f) & seen(v) & (from == static_cast<int32_t>(kNeverOpened));
+            const i32x16 is_closed = load(opened_from.data() + v * 16) == static_cast<int32_t>(kNeverOpened);
+            const i32x16 opens = (over >= 0.f) & seen(v) & is_closed;
+            if (!any_lane(opens)) continue;
             for (int lane = 0; lane < 16; ++lane) {
                 if (opens[lane] != 0) found.push_back({over[lane], v * 16 + lane});
             }
@@ -101,16 +141,16 @@ inline void open_cells(const OpenCall& call) {
             });
             found.resize(room);
         }
-        for (const Found& cell : found) call.opened_from[cell.place] = static_cast<uint8_t>(row);
+        for (const Found& cell : found) opened_from[cell.place] = row;
         opened += static_cast<int>(found.size());
         if (!call.pass_on) continue;
-        const auto closed = [&](int v) { return seen(v) & (load_bytes(call.opened_from + v * 16) > row); };
+        const auto closed = [&](int v) { return seen(v) & (load(opened_from.data() + v * 16) > row); };
         for (int head = 0; head < call.num_heads; ++head) {
-            const float* scores = call.scores + head * head_floats + row * row_floats;
             float& rest = call.rest[head * kStripRows + row];
-            rest = log_mass(scores, page_floats, call, rest, closed);
+            rest = log_mass(row_scores.data() + static_cast<size_t>(head) * cells, vectors, rest, closed);
         }
     }
+    for (int i = 0; i < cells; ++i) call.opened_from[i] = static_cast<uint8_t>(opened_from[i]);
 }
 
 }  // namespace DSEEK_VARIANT
