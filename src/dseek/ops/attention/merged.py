@@ -7,9 +7,10 @@ kept: backward gathers and computes them anew, some query blocks at a time. Wher
 the kernel selects and computes the forward, and backward follows its selection.
 
 Everything is computed in float32 (float64 where the tensors have it): a score rounded to bfloat16 would put a
-probability off by percents, and rounding the rest costs as much time as it saves. One group is computed after another,
-so the widened copies are those of one group. It does not know sequences that begin in a cache (serving needs no
-gradient), nor second derivatives.
+probability off by percents, and rounding the rest costs as much time as it saves. Groups know nothing of each other
+and are computed side by side, a thread each where there are enough of them, so that threads need not meet after every
+operator; the widened copies are those of the groups under way. It does not know sequences that begin in a cache
+(serving needs no gradient), nor second derivatives.
 
 T tokens in N blocks (the last one filled up with zeros), C cells of all levels, U query blocks (of one group) computed
 together, R rows of them (64 for each of the h query heads in a group, head after head), B key blocks, F far cells,
@@ -30,6 +31,7 @@ from dseek.core.attention_pattern import BLOCK_TOKENS, AttentionPattern
 from dseek.ops.attention.native_dynamic import native_dynamic_attention
 from dseek.ops.attention.pyramid import CellTable, build_pyramid, tabulate
 from dseek.ops.attention.selection import BlockChoice, Selection, select
+from dseek.ops.side_by_side import side_by_side
 
 SCORES_PER_THREAD = 1 << 18
 """Scores computed at once for each thread: enough to share out, few enough to stay in a core's cache."""
@@ -198,7 +200,7 @@ class _Group:
 
 
 class _MergedAttention(torch.autograd.Function):
-    """Both directions, group by group and chunk by chunk."""
+    """Both directions, each group chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
@@ -210,7 +212,9 @@ class _MergedAttention(torch.autograd.Function):
             work.done = None
             return done_THd
         out_THd = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
-        for index, group, chunks in _groups(tensors, work):
+
+        def attend(index: int) -> None:
+            group, chunks = _group(index, tensors, work)
             out_NRd = torch.empty_like(group.queries)
             for chunk in chunks:
                 k_UXd = group.gather(group.keys, group.far_keys, chunk)
@@ -218,6 +222,8 @@ class _MergedAttention(torch.autograd.Function):
                 v_UXd = group.gather(group.values, group.far_values, chunk)
                 out_NRd.index_copy_(0, chunk.queries, torch.bmm(weights_URX, v_UXd))
             _put(out_THd, index, out_NRd)
+
+        side_by_side(tensors[1].shape[1], attend)
         return out_THd
 
     @staticmethod
@@ -229,7 +235,9 @@ class _MergedAttention(torch.autograd.Function):
         )
         far_dk_CGd, far_dv_CGd, dbias_HC = (torch.zeros_like(tensor) for tensor in tensors[3:])
         scale = 1.0 / math.sqrt(q_THd.shape[2])
-        for index, group, chunks in _groups(tensors, ctx.work):
+
+        def turn_back(index: int) -> None:
+            group, chunks = _group(index, tensors, ctx.work)
             do_NRd = _blocks(gradients[0], index, k_TGd.shape[1])
             dq_NRd, dk_NBd, dv_NBd = torch.empty_like(group.queries), *(torch.zeros_like(group.keys) for _ in range(2))
             for chunk in chunks:
@@ -263,29 +271,27 @@ class _MergedAttention(torch.autograd.Function):
             _put(dq_THd, index, dq_NRd.mul_(scale))
             _put(dk_TGd, index, dk_NBd)
             _put(dv_TGd, index, dv_NBd)
+
+        side_by_side(k_TGd.shape[1], turn_back)
         return dq_THd, dk_TGd, dv_TGd, far_dk_CGd, far_dv_CGd, dbias_HC, None
 
 
-def _groups(tensors: Sequence[torch.Tensor], work: _Work) -> Iterator[tuple[int, _Group, Iterator[_Chunk]]]:
-    """Widen one group after another; yield its index, tensors and chunks."""
+def _group(index: int, tensors: Sequence[torch.Tensor], work: _Work) -> tuple[_Group, Iterator[_Chunk]]:
+    """Widen a group's tensors; put its query blocks together."""
     q_THd, k_TGd, v_TGd, far_k_CGd, far_v_CGd, bias_HC = tensors
     num_groups, heads = k_TGd.shape[1], q_THd.shape[1] // k_TGd.shape[1]
-    num_blocks = -(-len(q_THd) // BLOCK_TOKENS)
-    wide = torch.promote_types(q_THd.dtype, torch.float32)
-    later = torch.full((BLOCK_TOKENS, BLOCK_TOKENS), -math.inf, dtype=wide).triu_(1)
-    for index in range(num_groups):
-        q_NRd, k_NBd, v_NBd = (_blocks(tensor, index, num_groups) for tensor in (q_THd, k_TGd, v_TGd))
-        group = _Group(
-            queries=q_NRd.mul_(1.0 / math.sqrt(q_THd.shape[2])),
-            keys=k_NBd,
-            values=v_NBd,
-            far_keys=far_k_CGd[:, index],
-            far_values=far_v_CGd[:, index],
-            bias=bias_HC[index * heads : (index + 1) * heads],
-            later=later,
-        )
-        choices = [work.choices[block][index] for block in range(num_blocks)]
-        yield index, group, _chunks(choices, work.table, q_NRd.shape[1])
+    q_NRd, k_NBd, v_NBd = (_blocks(tensor, index, num_groups) for tensor in (q_THd, k_TGd, v_TGd))
+    group = _Group(
+        queries=q_NRd.mul_(1.0 / math.sqrt(q_THd.shape[2])),
+        keys=k_NBd,
+        values=v_NBd,
+        far_keys=far_k_CGd[:, index],
+        far_values=far_v_CGd[:, index],
+        bias=bias_HC[index * heads : (index + 1) * heads],
+        later=torch.full((BLOCK_TOKENS, BLOCK_TOKENS), -math.inf, dtype=q_NRd.dtype).triu_(1),
+    )
+    choices = [work.choices[block][index] for block in range(len(q_NRd))]
+    return group, _chunks(choices, work.table, q_NRd.shape[1])
 
 
 def _blocks(x_THd: torch.Tensor, group: int, num_groups: int) -> torch.Tensor:
