@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.errors import IncorrectError
@@ -36,6 +36,7 @@ def check_answers(
     *,
     threads: int,
     max_prompts: int = 2,
+    positions: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Judge what the engines said while they were timed.
 
@@ -46,6 +47,7 @@ def check_answers(
         own_name: which of them is dseek's.
         threads: threads of the reference.
         max_prompts: how many prompts to judge.
+        positions: to how many positions an engine extended the model, for those that did.
 
     Returns:
         Mean regret of each engine.
@@ -54,13 +56,15 @@ def check_answers(
         IncorrectError: an engine's answers are unlikely.
     """
     means = {}
-    with reference(model, threads=threads) as judge:
-        for name, given in answers.items():
-            regrets: list[float] = []
-            for answer in given[:max_prompts]:
-                prompt = prompts[answer["prompt_idx"]]
-                regrets += judge.call("regret", prompt=prompt, answer=answer["token_ids"])["regrets"]
-            means[name] = statistics.fmean(regrets)
+    of_engine = {name: (positions or {}).get(name) for name in answers}
+    for reached in dict.fromkeys(of_engine.values()):
+        with reference(model, threads=threads, positions=reached) as judge:
+            for name in (name for name in answers if of_engine[name] == reached):
+                regrets: list[float] = []
+                for answer in answers[name][:max_prompts]:
+                    prompt = prompts[answer["prompt_idx"]]
+                    regrets += judge.call("regret", prompt=prompt, answer=answer["token_ids"])["regrets"]
+                means[name] = statistics.fmean(regrets)
     for name, mean in means.items():
         limit = OWN_REGRET if name == own_name else PEER_REGRET
         if not mean <= limit:
@@ -69,7 +73,13 @@ def check_answers(
 
 
 def check_losses(
-    own: PeerProcess, model: BenchModel, token_ids: list[int], window: int, *, threads: int
+    own: PeerProcess,
+    model: BenchModel,
+    token_ids: list[int],
+    window: int,
+    *,
+    threads: int,
+    positions: int | None = None,
 ) -> dict[str, Any]:
     """Compare dseek's perplexity over a short text with the reference's, at the precision that was timed.
 
@@ -79,6 +89,7 @@ def check_losses(
         token_ids: the text.
         window: tokens of one window.
         threads: threads of the reference.
+        positions: to how many positions dseek extended the model, or None.
 
     Returns:
         Both perplexities and how often the likeliest tokens agree.
@@ -88,7 +99,7 @@ def check_losses(
     """
     ours = own.call("nll", token_ids=token_ids, window=window)
     own.freeze()
-    with reference(model, threads=threads) as judge:
+    with reference(model, threads=threads, positions=positions) as judge:
         theirs = judge.call("nll", token_ids=token_ids, window=window)
     own_perplexity, wanted = perplexity(ours["losses"]), perplexity(theirs["losses"])
     changes = [own_loss - loss for own_loss, loss in zip(ours["losses"], theirs["losses"], strict=True)]
@@ -102,12 +113,19 @@ def check_losses(
     }
 
 
-def reference(model: BenchModel, *, threads: int) -> PeerProcess:
-    """Start transformers in fp32 on the model; a context manager that ends it."""
+def reference(model: BenchModel, *, threads: int, positions: int | None = None) -> PeerProcess:
+    """Start transformers in fp32 on the model; a context manager that ends it.
+
+    Args:
+        model: the model.
+        threads: its threads.
+        positions: extend the model to so many, by YaRN as dseek does; None leaves it as it is.
+    """
     print("benchmarks: loading the fp32 reference", file=sys.stderr)
     process = PeerProcess("transformers", threads=threads)
+    options = {} if positions is None else {"positions": positions}
     try:
-        process.call("load", path=str(hf_folder(model)), threads=threads, context_tokens=0, options={})
+        process.call("load", path=str(hf_folder(model)), threads=threads, context_tokens=0, options=options)
     except BaseException:
         process.close()
         raise

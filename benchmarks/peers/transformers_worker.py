@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, __version__
 
 from benchmarks.peers.worker import Answer, Worker, serve, steady_token_s
 from benchmarks.scoring import regrets, score_rows
@@ -25,15 +25,22 @@ LOGIT_ROWS = 512
 
 
 class TransformersWorker(Worker):
-    """A Hugging Face folder with scaled-dot-product attention. Option `dtype`: float32 (the default) or bfloat16."""
+    """A Hugging Face folder with scaled-dot-product attention.
+
+    Options: `dtype`, float32 (the default) or bfloat16; `positions`, to extend the model to so many by YaRN.
+    """
 
     @torch.inference_mode()
     def load(self, path: str, threads: int, context_tokens: int, options: dict[str, Any] | None = None) -> Answer:
         """See `worker`."""
         started = time.perf_counter()
         torch.set_num_threads(threads)
-        dtype = getattr(torch, (options or {}).get("dtype", "float32"))
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        options = options or {}
+        dtype = getattr(torch, options.get("dtype", "float32"))
+        config = AutoConfig.from_pretrained(path)
+        if "positions" in options:
+            _extend(config, options["positions"])
+        self.model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
         self.model.eval()
         return {"load_s": time.perf_counter() - started, "version": __version__}
 
@@ -78,6 +85,18 @@ class TransformersWorker(Worker):
         """See the module."""
         tokenizer = AutoTokenizer.from_pretrained(path)
         return {"token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+
+def _extend(config: Any, positions: int) -> None:
+    """Turn positions beyond the trained length as YaRN does."""
+    trained = config.max_position_embeddings
+    config.rope_parameters = {
+        **config.rope_parameters,
+        "rope_type": "yarn",
+        "factor": positions / trained,
+        "original_max_position_embeddings": trained,
+    }
+    config.max_position_embeddings = positions
 
 
 if __name__ == "__main__":
