@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.errors import IncorrectError
@@ -36,6 +36,7 @@ def check_answers(
     *,
     threads: int,
     max_prompts: int = 2,
+    positions: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Judge what the engines said while they were timed.
 
@@ -46,6 +47,7 @@ def check_answers(
         own_name: which of them is dseek's.
         threads: threads of the reference.
         max_prompts: how many prompts to judge.
+        positions: to how many positions an engine extended the model, for those that did.
 
     Returns:
         Mean regret of each engine.
@@ -54,13 +56,15 @@ def check_answers(
         IncorrectError: an engine's answers are unlikely.
     """
     means = {}
-    with reference(model, threads=threads) as judge:
-        for name, given in answers.items():
-            regrets: list[float] = []
-            for answer in given[:max_prompts]:
-                prompt = prompts[answer["prompt_idx"]]
-                regrets += judge.call("regret", prompt=prompt, answer=answer["token_ids"])["regrets"]
-            means[name] = statistics.fmean(regrets)
+    of_engine = {name: (positions or {}).get(name) for name in answers}
+    for reached in dict.fromkeys(of_engine.values()):
+        with reference(model, threads=threads, positions=reached) as judge:
+            for name in (name for name in answers if of_engine[name] == reached):
+                regrets: list[float] = []
+                for answer in answers[name][:max_prompts]:
+                    prompt = prompts[answer["prompt_idx"]]
+                    regrets += judge.call("regret", prompt=prompt, answer=answer["token_ids"])["regrets"]
+                means[name] = statistics.fmean(regrets)
     for name, mean in means.items():
         limit = OWN_REGRET if name == own_name else PEER_REGRET
         if not mean <= limit:
@@ -76,6 +80,7 @@ def check_losses(
     *,
     threads: int,
     config: dict[str, Any] | None = None,
+    positions: int | None = None,
 ) -> dict[str, Any]:
     """Compare dseek's perplexity over a short text with the reference's, at the precision that was timed.
 
@@ -86,6 +91,7 @@ def check_losses(
         window: tokens of one window.
         threads: threads of the reference.
         config: fields that the reference's configuration gets.
+        positions: to how many positions dseek extended the model, or None.
 
     Returns:
         Both perplexities and how often the likeliest tokens agree.
@@ -95,7 +101,7 @@ def check_losses(
     """
     ours = own.call("nll", token_ids=token_ids, window=window)
     own.freeze()
-    with reference(model, threads=threads, config=config) as judge:
+    with reference(model, threads=threads, config=config, positions=positions) as judge:
         theirs = judge.call("nll", token_ids=token_ids, window=window)
     own_perplexity, wanted = perplexity(ours["losses"]), perplexity(theirs["losses"])
     changes = [own_loss - loss for own_loss, loss in zip(ours["losses"], theirs["losses"], strict=True)]
@@ -109,21 +115,24 @@ def check_losses(
     }
 
 
-def reference(model: BenchModel, *, threads: int, config: dict[str, Any] | None = None) -> PeerProcess:
+def reference(
+    model: BenchModel, *, threads: int, config: dict[str, Any] | None = None, positions: int | None = None
+) -> PeerProcess:
     """Start transformers in fp32 on the model.
 
     Args:
         model: the model.
         threads: its threads.
         config: fields of the model's configuration to replace.
+        positions: extend the model to so many, by YaRN as dseek does; None leaves it as it is.
 
     Returns:
         The process, a context manager that ends it.
     """
     print("benchmarks: loading the fp32 reference", file=sys.stderr)
     process = PeerProcess("transformers", threads=threads)
+    options = {"config": config or {}} | ({} if positions is None else {"positions": positions})
     try:
-        options = {"config": config or {}}
         process.call("load", path=str(hf_folder(model)), threads=threads, context_tokens=0, options=options)
     except BaseException:
         process.close()

@@ -58,7 +58,9 @@ class Limits:
         self.process.close()
 
 
-def prefill_limit_s(model: BenchModel, num_tokens: int, int8_rate: float, bf16_rate: float) -> float:
+def prefill_limit_s(
+    model: BenchModel, num_tokens: int, int8_rate: float, bf16_rate: float, pairs: float | None = None
+) -> float:
     """Least time of a prompt: projections at the int8 rate, then attention at the bf16 rate.
 
     Args:
@@ -66,12 +68,13 @@ def prefill_limit_s(model: BenchModel, num_tokens: int, int8_rate: float, bf16_r
         num_tokens: length of the prompt.
         int8_rate: operations a second.
         bf16_rate: operations a second.
+        pairs: of a query and a key that attention looks at; None is all, the causal half.
 
     Returns:
         Seconds.
     """
     linear = model.prefill_linear_operations(num_tokens) / int8_rate
-    return linear + model.prefill_attention_operations(num_tokens) / bf16_rate
+    return linear + model.prefill_attention_operations(num_tokens, pairs) / bf16_rate
 
 
 def decode_bytes(plan: dict[str, Any], context_tokens: float) -> float:

@@ -57,9 +57,9 @@ class BenchModel:
         """Operations (multiply and add counted apart) of the projections of a prompt, with the head for one row."""
         return 2.0 * (self.num_block_weights * num_tokens + self.num_head_weights)
 
-    def prefill_attention_operations(self, num_tokens: int) -> float:
-        """Operations of dense attention over a prompt, counted on the causal half."""
-        pairs = num_tokens * (num_tokens + 1) / 2
+    def prefill_attention_operations(self, num_tokens: int, pairs: float | None = None) -> float:
+        """Operations of attention over a prompt: of so many pairs of query and key, or of the causal half."""
+        pairs = num_tokens * (num_tokens + 1) / 2 if pairs is None else pairs
         return 4.0 * pairs * int(self.sizes["hidden_size"]) * int(self.sizes["num_hidden_layers"])
 
 

@@ -28,10 +28,12 @@ WORKERS = {
     "transformers": "benchmarks.peers.transformers_worker",
     "vllm": "benchmarks.peers.vllm_worker",
     "limits": "benchmarks.peers.limits_worker",
+    "training": "benchmarks.peers.training_worker",
+    "shards": "benchmarks.peers.shards_worker",
 }
 """Module that serves each engine."""
 
-OWN = ("dseek", "transformers", "limits")
+OWN = ("dseek", "transformers", "limits", "training", "shards")
 """Workers that run in the project's own environment."""
 
 VARIABLES = {

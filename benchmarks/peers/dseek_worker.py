@@ -31,12 +31,15 @@ class DseekWorker(Worker):
 
     def plan(self) -> Answer:
         """What the plan decided and foresaw."""
+        from dseek.plan.attention_wish import patterns_text
+
         plan = self.llm.plan
         predicted = plan.predicted
         return {
             "precision": plan.precision,
             "cache_dtype": plan.cache_dtype,
             "kernels": plan.kernels,
+            "attention": patterns_text(plan.attention_patterns),
             "weights_bytes": predicted.weights_bytes,
             "streamed_bytes": predicted.streamed_bytes,
             "cache_bytes": predicted.cache_bytes,

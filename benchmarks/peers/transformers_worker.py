@@ -27,7 +27,8 @@ LOGIT_ROWS = 512
 class TransformersWorker(Worker):
     """A Hugging Face folder with scaled-dot-product attention.
 
-    Options: `dtype`, float32 (the default) or bfloat16; `config`, fields of the configuration to replace.
+    Options: `dtype`, float32 (the default) or bfloat16; `config`, fields of the configuration to replace; `positions`,
+    to extend the model to so many by YaRN.
     """
 
     @torch.inference_mode()
@@ -35,9 +36,11 @@ class TransformersWorker(Worker):
         """See `worker`."""
         started = time.perf_counter()
         torch.set_num_threads(threads)
-        wanted = options or {}
-        dtype = getattr(torch, wanted.get("dtype", "float32"))
-        config = AutoConfig.from_pretrained(path, **wanted.get("config", {}))
+        options = options or {}
+        dtype = getattr(torch, options.get("dtype", "float32"))
+        config = AutoConfig.from_pretrained(path, **options.get("config", {}))
+        if "positions" in options:
+            _extend(config, options["positions"])
         self.model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
         self.model.eval()
         return {"load_s": time.perf_counter() - started, "version": __version__}
@@ -83,6 +86,18 @@ class TransformersWorker(Worker):
         """See the module."""
         tokenizer = AutoTokenizer.from_pretrained(path)
         return {"token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+
+def _extend(config: Any, positions: int) -> None:
+    """Turn positions beyond the trained length as YaRN does."""
+    trained = config.max_position_embeddings
+    config.rope_parameters = {
+        **config.rope_parameters,
+        "rope_type": "yarn",
+        "factor": positions / trained,
+        "original_max_position_embeddings": trained,
+    }
+    config.max_position_embeddings = positions
 
 
 if __name__ == "__main__":

@@ -101,6 +101,13 @@ _ALL = (
         min_ratio=1.2,
     ),
     Row(
+        name="prefill-16k",
+        claim="Prefill of 16,384 tokens less the answer, SmolLM2-135M, int8, dynamic attention; peer OpenVINO GenAI "
+        "int8, which attends densely",
+        place="prefill:prefill_16k",
+        min_ratio=3.0,
+    ),
+    Row(
         name="decode-128-int8",
         claim="Decode after 128 tokens, SmolLM2-135M, int8; peer llama.cpp Q8_0",
         place="decode:decode_128_int8",
@@ -117,6 +124,13 @@ _ALL = (
         claim="Decode up to 8192 tokens of context, SmolLM2-135M, int8; peer OpenVINO GenAI int8",
         place="decode:decode_8192",
         min_ratio=2.5,
+    ),
+    Row(
+        name="decode-16k",
+        claim="Decode after 16,384 tokens, SmolLM2-135M, int8, dynamic attention; peer dseek's dense attention",
+        place="decode:decode_16k",
+        min_ratio=2.0,
+        quick=True,
     ),
     Row(
         name="attention-dense-16k",
@@ -138,6 +152,22 @@ _ALL = (
         claim="Growth of dynamic attention's time from 16,384 to 65,536 tokens, against n log n and 15 %",
         place="attention:growth_64k",
         min_ratio=1.0,
+        quick=True,
+    ),
+    Row(
+        name="train-attention",
+        claim="Training of dynamic attention, 16,384 tokens, 8 heads of 64, bf16; peer PyTorch SDPA; bars 2.5x forward "
+        "and 1.7x backward, the ratio is the smaller share of its bar",
+        place="training:train_attention",
+        min_ratio=1.0,
+        quick=True,
+    ),
+    Row(
+        name="shards-100k",
+        claim="Throughput a worker: dynamic attention of 100,000 tokens as 8 subtasks, 9 heads of 64 in 3 groups, "
+        "bf16; peer dseek's dense attention as one task",
+        place="shards:shards_100k",
+        min_ratio=3.2,
         quick=True,
     ),
     Row(

@@ -9,6 +9,7 @@ from benchmarks.contest import alternate, spread_of
 from benchmarks.errors import IncorrectError
 from benchmarks.result import Outcome
 from benchmarks.rows import Settings
+from benchmarks.rows.pattern import BLOCK_TOKENS, TOP_BLOCKS, WINDOW_TOKENS
 
 NUM_HEADS, HEAD_DIM = 8, 64
 
@@ -52,8 +53,7 @@ def attention_dense_16k(settings: Settings) -> Outcome:
     )
 
 
-NEAR_BLOCKS, TOP_BLOCKS = 4, 9
-"""A window of 256 tokens and nine selected blocks."""
+NEAR_BLOCKS = WINDOW_TOKENS // BLOCK_TOKENS
 
 MAX_GROWTH = 4.6
 """Of attention time from 16,384 to 65,536 tokens: n log n predicts 4.57 at these lengths."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks import checks, contest, limits, models
 from benchmarks.contest import Entrant
 from benchmarks.models import BenchModel
 from benchmarks.result import Outcome
-from benchmarks.rows import Settings
+from benchmarks.rows import Settings, pattern
 from benchmarks.rows.entrants import openvino_entrants
 from benchmarks.rows.prompts import prompts
 
@@ -33,6 +35,18 @@ def decode_8192(settings: Settings) -> Outcome:
     return _decode(settings, models.SMOLLM2, "int8", context, num_tokens, openvino_entrants(models.SMOLLM2))
 
 
+def decode_16k(settings: Settings) -> Outcome:
+    """SmolLM2 after 16,384 tokens, twice its trained length: dynamic attention against dseek's own dense one."""
+    model, num_tokens = models.SMOLLM2, settings.pick(64, 8)
+    context = settings.pick(16384, 2048)
+    positions = {"max_position_embeddings": 16384 + 64}
+    dense = Entrant(
+        "dseek int8, dense", "dseek", models.own_path(model), {"precision": "int8", "batch": 1, **positions}
+    )
+    options = {**positions, **pattern.LOAD_OPTIONS}
+    return _decode(settings, model, "int8", context, num_tokens, [dense], options=options)
+
+
 def decode_bandwidth(settings: Settings) -> Outcome:
     """The 1.1B Llama after 128 tokens: bytes read a token, as a share of the read bandwidth of the same moments."""
     model = models.LLAMA_TINY if settings.smoke else models.LLAMA_1B
@@ -48,7 +62,14 @@ def decode_bandwidth(settings: Settings) -> Outcome:
 
 
 def _decode(
-    settings: Settings, model: BenchModel, precision: str, context: int, num_tokens: int, peers: list[Entrant]
+    settings: Settings,
+    model: BenchModel,
+    precision: str,
+    context: int,
+    num_tokens: int,
+    peers: list[Entrant],
+    *,
+    options: dict[str, Any] | None = None,
 ) -> Outcome:
     """Time decode for dseek and, in turn, a peer.
 
@@ -59,12 +80,15 @@ def _decode(
         context: tokens of the prompt.
         num_tokens: tokens of the answer, over which the steady time is taken.
         peers: whom to beat, the best of them counts; none measures dseek only.
+        options: further arguments of `dseek.load`; where attention is dynamic, the limit counts what a query may see.
 
     Returns:
         Seconds a token; the share is that of the read bandwidth by the weights of a step and the cache.
     """
     own_name = f"dseek {precision}"
-    own = Entrant(own_name, "dseek", models.own_path(model), {"precision": precision, "batch": 1})
+    options = options or {}
+    positions = options.get("max_position_embeddings")
+    own = Entrant(own_name, "dseek", models.own_path(model), {"precision": precision, "batch": 1, **options})
     texts = prompts(model, context, settings.rounds + 1)
     with (
         limits.Limits(threads=settings.threads, smoke=settings.smoke) as rates,
@@ -73,12 +97,22 @@ def _decode(
         rates.measure("read")
         answers = contest.generate_in_turn(engines, texts, num_tokens, rounds=settings.rounds)
         rates.measure("read")
-        checked = checks.check_answers(model, texts, answers, own_name, threads=settings.threads, max_prompts=1)
+        checked = checks.check_answers(
+            model,
+            texts,
+            answers,
+            own_name,
+            threads=settings.threads,
+            max_prompts=1,
+            positions=None if positions is None else dict.fromkeys(answers, positions),
+        )
         if model.alias:
             window = settings.pick(1024, 128)
             ids = [token for text in texts for token in text][:window]
             window = min(window, context)
-            checked |= checks.check_losses(engines[0].process, model, ids, window, threads=settings.threads)
+            checked |= checks.check_losses(
+                engines[0].process, model, ids, window, threads=settings.threads, positions=positions
+            )
         plan = engines[0].loaded
         details = {
             "context": context,
@@ -92,7 +126,10 @@ def _decode(
         read_rate = rates.rate("read")
     seconds = {name: contest.median_of(given, "token_s") for name, given in answers.items()}
     best_peer = min((peer.name for peer in peers), key=lambda name: seconds[name], default=None)
-    limit_s = limits.decode_bytes(plan, context + num_tokens / 2) / read_rate
+    read_tokens = context + num_tokens / 2
+    if options.get("attention"):
+        read_tokens = pattern.visible_tokens(read_tokens)
+    limit_s = limits.decode_bytes(plan, read_tokens) / read_rate
     return Outcome(
         value=seconds[own_name],
         unit="s/token",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from dseek.ops.attention.pyramid import build_pyramid, tabulate
+from dseek.ops.attention.pyramid import block_key_sums, build_pyramid, key_pyramid, tabulate
 
 
 def draw(*size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -73,3 +75,14 @@ def test_the_table_finds_cells_of_all_levels() -> None:
     bias = torch.tensor([[0.0, 1, 2], [0, -1, float("-inf")]])
     assert (table.bias(bias) - table.log_tokens)[:, [3, 72]].tolist() == [[0, 1], [0, -1]]
     assert table.bias(bias)[1, 73] == float("-inf") and table.bias(None).shape == (1, 74)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 700, 5000])
+def test_a_pyramid_of_blocks_summed_elsewhere_has_the_same_bits(num_tokens: int) -> None:
+    k = draw(num_tokens, 2, 4, dtype=torch.bfloat16)
+    cuts = [0, 64, 640, num_tokens] if num_tokens > 640 else [0, num_tokens]
+    parts = [block_key_sums(k[start:stop]) for start, stop in itertools.pairwise(cuts)]
+    found, expected = key_pyramid(torch.cat(parts), num_tokens), build_pyramid(k)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.num_tokens == theirs.num_tokens and torch.equal(ours.key_sum, theirs.key_sum)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dseek.core.attention_pattern import WINDOWS, AttentionPattern
 from dseek.core.errors import ConfigError
+from dseek.ops.attention.cell_scores import tabulated_scorer
 from dseek.ops.attention.pyramid import build_pyramid
 from dseek.ops.attention.selection import BlockChoice, choose, count_pairs, mean_key_scorer, select
 
@@ -137,6 +138,21 @@ def test_the_untrained_score_is_that_of_the_mean_key_over_the_groups_heads() -> 
             mean = k[index * tokens : (index + 1) * tokens, group].mean(0)
             products = q[576, 2 * group : 2 * group + 2] @ mean / 4 + math.log(tokens)
             assert score(9, group, level, [index]) == pytest.approx([products.max().item()], rel=1e-12)
+
+
+def test_tabulated_scores_are_those_of_the_untrained_gate() -> None:
+    q, k = draw(1300, 4, 8).double(), draw(1300, 2, 8, seed=1).double()
+    pyramid = build_pyramid(k)
+    asked = [3, 17, 20]
+    one, other = (
+        mean_key_scorer(q, pyramid, start=0),
+        tabulated_scorer(q[[64 * block for block in asked]], asked, pyramid),
+    )
+    for block in asked:
+        for group in range(2):
+            for level, indices in ((0, [0, 2, 1]), (1, [0])):
+                expected = one(block, group, level, indices)
+                assert other(block, group, level, indices) == pytest.approx(expected, rel=1e-12)
 
 
 def test_selection_finds_the_block_that_answers() -> None:

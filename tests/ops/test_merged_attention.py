@@ -11,7 +11,8 @@ import torch
 from dseek.core.attention_pattern import AttentionPattern, PatternKind
 from dseek.ops.attention import merged
 from dseek.ops.attention.dynamic_reference import dynamic_attention
-from dseek.ops.attention.merged import merge, merged_dynamic_attention
+from dseek.ops.attention.merged import merged_dynamic_attention
+from dseek.ops.attention.native_dynamic import native_dynamic_attention
 from dseek.ops.attention.selection import BlockChoice, Selection, select
 
 NARROW = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=2, far=True)
@@ -71,7 +72,7 @@ def test_gathering_in_several_parts_changes_nothing(monkeypatch: pytest.MonkeyPa
     inputs = drawn(900)
     selection = select(inputs[0], inputs[1], NARROW)
     expected = run(merged_dynamic_attention, inputs, selection, torch.float64)
-    monkeypatch.setattr(merged, "MAX_GATHERED_TOKENS", 1000)
+    monkeypatch.setattr(merged, "SCORES_PER_THREAD", 10_000)
     assert_near(run(merged_dynamic_attention, inputs, selection, torch.float64), expected, torch.float64)
 
 
@@ -118,18 +119,58 @@ def test_a_pattern_is_enough() -> None:
     torch.testing.assert_close(merged_dynamic_attention(q, k, v, NARROW), dynamic_attention(q, k, v, NARROW))
 
 
-def test_merging_disjoint_key_sets_is_attending_to_both() -> None:
-    scores, values = draw(5, 30), draw(30, 4, seed=1)
-    first, second = slice(0, 11), slice(11, 30)
-    parts = [(scores[:, part].softmax(-1) @ values[part], scores[:, part].logsumexp(-1)) for part in (first, second)]
-    out, lse = merge(*parts[0], *parts[1])
-    torch.testing.assert_close(out, scores.softmax(-1) @ values)
-    torch.testing.assert_close(lse, scores.logsumexp(-1))
+KERNEL_PATTERNS = [
+    AttentionPattern(kind="window", window_tokens=(64,)),
+    AttentionPattern(kind="dynamic", window_tokens=(64, 128), top_blocks=2),
+    NARROW,
+]
 
 
-def test_merging_with_rows_that_have_no_keys() -> None:
-    out, lse = draw(3, 4), torch.tensor([0.5, -math.inf, -math.inf]).double()
-    other_out, other_lse = draw(3, 4, seed=1), torch.tensor([-math.inf, 2.0, -math.inf]).double()
-    merged_out, merged_lse = merge(out, lse, other_out, other_lse)
-    assert torch.equal(merged_out, torch.stack([out[0], other_out[1], torch.zeros(4)]))
-    assert merged_lse.tolist() == [0.5, 2.0, -math.inf]
+@pytest.mark.native
+@pytest.mark.parametrize("pattern", KERNEL_PATTERNS, ids=["window", "blocks", "far"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_tokens", [40, 700, 1111])
+def test_backward_follows_the_kernels_selection(num_tokens: int, dtype: torch.dtype, pattern: AttentionPattern) -> None:
+    inputs = [tensor.to(dtype) for tensor in drawn(num_tokens)]
+    done = native_dynamic_attention(*inputs[:3], pattern, level_bias_HL=inputs[3])
+    assert done is not None
+    q, k, v, bias = inputs
+    assert torch.equal(merged_dynamic_attention(q, k, v, pattern, level_bias_HL=bias), done[0])
+    expected = run(dynamic_attention, [tensor.double() for tensor in inputs], done[1], torch.float64)
+
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    out = merged_dynamic_attention(*leaves[:3], pattern, level_bias_HL=leaves[3])
+    assert torch.equal(out, done[0])
+    (out * draw(*out.shape, seed=9).to(dtype)).sum().backward()
+    gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    # The kernel rounds weights to bfloat16 on the way to the sum of values, backward does not.
+    assert_near([out.detach(), *gradients], expected, dtype)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("pattern", KERNEL_PATTERNS, ids=["window", "blocks", "far"])
+def test_the_kernel_selects_as_the_definition_does(pattern: AttentionPattern) -> None:
+    q, k, v, _ = (tensor.float() for tensor in drawn(1111))
+    done = native_dynamic_attention(q, k, v, pattern)
+    assert done is not None
+    wanted = select(q, k, pattern)
+    for block, choices in done[1].items():
+        for found, right in zip(choices, wanted[block], strict=True):
+            assert (found.exact_blocks, found.far_cells) == (right.exact_blocks, right.far_cells), block
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "pattern"),
+    [
+        (torch.float64, 16, NARROW),
+        (torch.float16, 16, NARROW),
+        (torch.float32, 8, NARROW),
+        (torch.float32, 16, AttentionPattern()),
+    ],
+    ids=["float64", "float16", "width", "dense"],
+)
+def test_what_the_kernel_does_not_compute(dtype: torch.dtype, size: int, pattern: AttentionPattern) -> None:
+    q, k, v, _ = (tensor.to(dtype) for tensor in drawn(200, size=size))
+    assert native_dynamic_attention(q, k, v, pattern) is None
+    expected = dynamic_attention(q, k, v, pattern)
+    torch.testing.assert_close(merged_dynamic_attention(q, k, v, pattern), expected)

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from dseek.ops.attention.partial import attend_blocks
+from dseek.ops.attention.partial_gathered import attend_gathered_blocks
 from dseek.parallel import AttentionWork, BlockAssignment, balanced_assignment, dynamic_sharding
 from dseek.parallel.block_lists import window_lists
-from dseek.parallel.context_parallel import ContextParallel
+from dseek.parallel.context_parallel import Attend, ContextParallel
 from dseek.parallel.ranks import Ranks
 from tests.parallel.distributed import run_ranks
 from tests.parallel.patterns import (
@@ -46,20 +47,22 @@ def _assignment(case: Case, world_size: int) -> BlockAssignment:
     return balanced_assignment(-(-case.length // 64), world_size, layout=case.layout)  # type: ignore[arg-type]
 
 
-def _compute(case: Case, context: ContextParallel, delay_s: float = 0.0) -> torch.Tensor:
+def _compute(
+    case: Case, context: ContextParallel, delay_s: float = 0.0, operator: Attend = attend_blocks, at_once: bool = False
+) -> torch.Tensor:
     """Output of this rank's queries."""
     q, k, v = (x[context.positions] for x in inputs(case))
 
     def attend(*arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         time.sleep(delay_s)
-        return attend_blocks(*arguments)
+        return operator(*arguments)
 
     if case.pattern != "dynamic":
-        return context.attention(q, k, v, context.routes(lists_of(case.pattern, context)), attend)
+        return context.attention(q, k, v, context.routes(lists_of(case.pattern, context)), attend, at_once=at_once)
     means_k, means_v = context.gather_blocks(block_means(k)), context.gather_blocks(block_means(v))
     lists, far = select(context, q.to(means_k.dtype), means_k)
     partials = [attend_far(q, means_k, means_v, far)]
-    return context.attention(q, k, v, context.routes(lists), attend, partials)
+    return context.attention(q, k, v, context.routes(lists), attend, partials, at_once=at_once)
 
 
 @functools.cache
@@ -126,6 +129,8 @@ def _everything(rank: int, world_size: int) -> dict[str, Any]:
         context = ContextParallel(_assignment(case, world_size), case.length)
         out = _compute(case, context)
         found[str(case)] = _piece(context, out)
+        at_once = _compute(case, context, operator=attend_gathered_blocks, at_once=True)
+        found[f"{case} at once"] = _piece(context, at_once)
     found["whole"] = context.gather_tokens(out).double().numpy()
     found["last"] = str(case)
 
@@ -154,8 +159,9 @@ def _joined(pieces: list[Piece], length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_number_of_ranks_computes_the_whole(found: list[dict[str, Any]], case: Case) -> None:
-    whole = _joined([of_rank[str(case)] for of_rank in found], case.length)
+@pytest.mark.parametrize("way", ["", " at once"], ids=["by peer", "at once"])
+def test_every_number_of_ranks_computes_the_whole(found: list[dict[str, Any]], case: Case, way: str) -> None:
+    whole = _joined([of_rank[f"{case}{way}"] for of_rank in found], case.length)
     assert (whole - oracle(case)).abs().max() <= TOLERANCE[case.dtype]
 
 

@@ -51,6 +51,24 @@ class BlockLists:
         return BlockLists(starts=_starts(counts), blocks=index[kept])
 
 
+def joined(parts: Sequence[BlockLists], places: Sequence[torch.Tensor]) -> BlockLists:
+    """Put lists together that were parted by owner.
+
+    Args:
+        parts: as many lists each.
+        places: of each part, int64: what its indices mean in the result.
+
+    Returns:
+        As many lists, each with the blocks of all parts, rising.
+    """
+    num_lists = parts[0].num_lists
+    numbers = torch.cat([part.list_numbers() for part in parts])
+    blocks = torch.cat([place[part.blocks] for part, place in zip(parts, places, strict=True)])
+    past = int(blocks.max()) + 1 if blocks.numel() else 1
+    order = (numbers * past + blocks).argsort()
+    return BlockLists(starts=_starts(torch.bincount(numbers, minlength=num_lists)), blocks=blocks[order])
+
+
 def dense_lists(query_blocks: Sequence[int]) -> BlockLists:
     """List every block up to each query block.
 

@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 
 from dseek.core.errors import ConfigError
-from dseek.parallel.block_lists import BlockLists
+from dseek.parallel.block_lists import BlockLists, joined
 from dseek.parallel.merge import merge_partials
 from dseek.parallel.ranks import Ranks
 from dseek.parallel.routes import Routes, agree
@@ -160,6 +160,8 @@ class ContextParallel:
         routes: Routes,
         attend: Attend,
         partials: Iterable[tuple[torch.Tensor, torch.Tensor]] = (),
+        *,
+        at_once: bool = False,
     ) -> torch.Tensor:
         """Attend from this rank's queries over the whole sequence.
 
@@ -171,6 +173,8 @@ class ContextParallel:
             routes: of the pattern.
             attend: the operator.
             partials: output [T, H, d] and log-sum-exp [T, H] over keys that are no blocks (far cells); merged last.
+            at_once: gather the keys of all peers first and attend to them in one part. Takes the memory of all that is
+                gathered and hides no message, but merges nothing: for patterns that name few blocks of every peer.
 
         Returns:
             [T, H, d] in the dtype of the queries.
@@ -182,6 +186,13 @@ class ContextParallel:
         rank, world_size = self.ranks.rank, self.ranks.world_size
         query_blocks = torch.tensor(self.query_blocks, dtype=torch.int64)
         parts = _Merged(q_THd)
+        if at_once:
+            key_blocks, lists, keys, values = self._gather_keys(k_SGd, v_SGd, routes)
+            if lists.blocks.numel():
+                parts.add(*attend(q_THd, keys, values, query_blocks, key_blocks, lists.starts, lists.blocks))
+            for partial in partials:
+                parts.add(*partial)
+            return parts.result()
 
         # At each step a block set from one peer arrives while the one before is computed on; step 0 is what is here.
         k_here_SGd, v_here_SGd = k_SGd, v_SGd
@@ -197,6 +208,34 @@ class ContextParallel:
         for partial in partials:
             parts.add(*partial)
         return parts.result()
+
+    def _gather_keys(
+        self, k_SGd: torch.Tensor, v_SGd: torch.Tensor, routes: Routes
+    ) -> tuple[torch.Tensor, BlockLists, torch.Tensor, torch.Tensor]:
+        """Bring together all blocks that some list names: their places, the lists among them, keys and values."""
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        exchanges = [_Exchange(self.ranks, step, k_SGd, v_SGd, routes) for step in range(1, world_size)]
+        by_owner = {rank: (k_SGd, v_SGd)}
+        for step, exchange in enumerate(exchanges, start=1):
+            by_owner[(rank - step) % world_size] = exchange.wait()
+        every = torch.cat(routes.key_blocks)
+        key_blocks, order = every.sort()
+        places = torch.empty_like(order)
+        places[order] = torch.arange(order.numel())
+        lists = joined(routes.lists, places.split([blocks.numel() for blocks in routes.key_blocks]))
+        keys, values = (torch.cat([by_owner[owner][index] for owner in range(world_size)]) for index in range(2))
+        if not torch.equal(key_blocks, every):
+            # A block that is not complete is the last of the sequence and has no row after its last token.
+            starts = torch.cat([places.new_zeros(1), self._num_tokens(every).cumsum(0)])[order]
+            rows = torch.cat(
+                [torch.arange(int(n)) + s for s, n in zip(starts, self._num_tokens(key_blocks), strict=True)]
+            )
+            keys, values = keys[rows], values[rows]
+        return key_blocks, lists, keys, values
+
+    def _num_tokens(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Say how many tokens each block has."""
+        return (self.sequence_length - blocks * BLOCK_TOKENS).clamp(max=BLOCK_TOKENS)
 
     def _positions(self, blocks: tuple[int, ...]) -> torch.Tensor:
         starts = torch.tensor(blocks, dtype=torch.int64) * BLOCK_TOKENS

@@ -1,25 +1,26 @@
-"""Dynamic attention for training on the CPU: key sets attended one by one, then merged by their log-sum-exp.
+"""Dynamic attention for training on the CPU: all keys of a query block merged into one table, forwards and backwards.
 
 A query's keys fall into three disjoint sets: its own block up to itself, the exact blocks before it, and the far
-cells. The first two go through PyTorch's flash attention, which returns the logarithm of each row's sum of
-exponentials beside the output; outputs merge in proportion to these sums. Backward, each set's gradient is what flash
-attention computes for it when it is given the *merged* output and log-sum-exp: a probability is exp(z - merged lse),
-and the row's sum of gradient times output belongs to the merged row. So nothing of the size of the scores is kept.
-Far cells are few, and are computed openly, since flash attention has no gradient for what is added to a score.
+cells. The blocks of one group are gathered side by side, the far cells behind them, so that a row's softmax is whole
+at once and the products are plain matrix products of many query blocks at a time. Nothing of the size of the scores is
+kept: backward gathers and computes them anew, some query blocks at a time. Where the choices follow from a pattern,
+the kernel selects and computes the forward, and backward follows its selection.
 
-What it relies on: flash attention reports 0, not minus infinity, for a row without keys, so no set without keys is
-ever passed; its causal mask is aligned to the first key, so it is used on the own block only, which has as many
-queries as keys. It does not know sequences that begin in a cache (serving needs no gradient), nor second derivatives.
+Everything is computed in float32 (float64 where the tensors have it): a score rounded to bfloat16 would put a
+probability off by percents, and rounding the rest costs as much time as it saves. Groups know nothing of each other
+and are computed side by side, a thread each where there are enough of them, so that threads need not meet after every
+operator; the widened copies are those of the groups under way. It does not know sequences that begin in a cache
+(serving needs no gradient), nor second derivatives.
 
-T tokens, N complete blocks, C cells of all levels, U query blocks (of one group each) computed together, R rows of a
-block, X keys or cells, H query heads in G groups of h, L levels, d head width.
+T tokens in N blocks (the last one filled up with zeros), C cells of all levels, U query blocks (of one group) computed
+together, R rows of them (64 for each of the h query heads in a group, head after head), B key blocks, F far cells,
+X keys and cells together, H query heads in G groups, L levels, d head width.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +28,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from dseek.core.attention_pattern import BLOCK_TOKENS, AttentionPattern
-from dseek.ops.attention.pyramid import build_pyramid, tabulate
-from dseek.ops.attention.selection import Selection, query_blocks, select
+from dseek.ops.attention.native_dynamic import native_dynamic_attention
+from dseek.ops.attention.pyramid import CellTable, build_pyramid, tabulate
+from dseek.ops.attention.selection import BlockChoice, Selection, select
+from dseek.ops.side_by_side import side_by_side
 
-MAX_GATHERED_TOKENS = 1 << 16
-"""Exact keys gathered at once, which bounds the memory beside the tensors themselves."""
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+SCORES_PER_THREAD = 1 << 18
+"""Scores computed at once for each thread: enough to share out, few enough to stay in a core's cache."""
 
 
 def merged_dynamic_attention(
@@ -56,265 +56,275 @@ def merged_dynamic_attention(
 
     Returns:
         [T, H, d] in the dtype of the queries, differentiable in everything but the choices.
-        Source: Dao et al. 2022, FlashAttention, section 3.1 (merging) and appendix B.2 (gradient).
+        Source: Dao et al. 2022, FlashAttention, section 3.1 (recomputation in backward) and appendix B.2 (gradient).
     """
     assert len(q_THd) == len(k_TGd) == len(v_TGd) > 0, "a whole sequence: queries and keys of the same positions"
+    done_THd = None
     if isinstance(choices, AttentionPattern):
-        choices = select(q_THd, k_TGd, choices, start=0)
-    table = tabulate(build_pyramid(k_TGd, v_TGd))
+        inputs = [tensor for tensor in (q_THd, k_TGd, v_TGd, level_bias_HL) if tensor is not None]
+        is_recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        done = native_dynamic_attention(
+            q_THd, k_TGd, v_TGd, choices, level_bias_HL=level_bias_HL, with_selection=is_recorded
+        )
+        if done is None:
+            choices = select(q_THd, k_TGd, choices, start=0)
+        elif not is_recorded:
+            return done[0]
+        else:
+            done_THd, choices = done
+    table = _far_table(k_TGd, v_TGd, choices)
     bias_HC = table.bias(level_bias_HL).expand(q_THd.shape[1], -1)
-    far = [
-        _FarSet(rows=slice(first, past), group=group, places=table.places(choice.far_cells))
-        for block, first, past in query_blocks(0, len(q_THd))
-        for group, choice in enumerate(choices[block])
-        if choice.far_cells
-    ]
-    sets = _KeySets(exact=_exact_sets(choices, len(q_THd)), far=far)
-    out: torch.Tensor = _MergedAttention.apply(q_THd, k_TGd, v_TGd, table.key_mean, table.value_mean, bias_HC, sets)
+    work = _Work(choices=choices, table=table, done=done_THd)
+    out: torch.Tensor = _MergedAttention.apply(q_THd, k_TGd, v_TGd, table.key_mean, table.value_mean, bias_HC, work)
     return out
 
 
-def merge(
-    out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge the outputs of the same queries over two disjoint sets of keys.
+@dataclass(kw_only=True, slots=True)
+class _Work:
+    """What is no tensor to differentiate."""
+
+    choices: Selection
+    table: CellTable
+    done: torch.Tensor | None
+    """[T, H, d] the output where it is computed already."""
+
+
+def _far_table(k_TGd: torch.Tensor, v_TGd: torch.Tensor, choices: Selection) -> CellTable:
+    """Summarise the cells, or none of them where nobody looks at one."""
+    is_seen = any(choice.far_cells for groups in choices.values() for choice in groups)
+    num_tokens = len(k_TGd) if is_seen else 0
+    return tabulate(build_pyramid(k_TGd[:num_tokens], v_TGd[:num_tokens]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Chunk:
+    """Query blocks of one group that are computed together; where one has fewer keys, the rest is hidden."""
+
+    queries: torch.Tensor
+    """int64 [U] the query blocks."""
+    keys: torch.Tensor
+    """int64 [U, B] key blocks: the query block itself, then the exact ones."""
+    cells: torch.Tensor
+    """int64 [U, F] places of the far cells."""
+    hidden: torch.Tensor | None
+    """bool [U, B + F] which entries are not there; None where all are."""
+
+
+def _chunks(choices: Sequence[BlockChoice], table: CellTable, rows: int) -> Iterator[_Chunk]:
+    """Put the query blocks of a group together, those with about as many keys, within the bound on scores.
 
     Args:
-        out: [..., d] output over the first set.
-        lse: [...] logarithm of the sum of the exponentials of its scores; minus infinity where a row has no keys.
-        other_out: [..., d] output over the second set.
-        other_lse: [...] its log-sum-exp.
+        choices: of each query block.
+        table: where the far cells are.
+        rows: rows of a query block, R.
 
-    Returns:
-        Output and log-sum-exp over both; a row without keys in either has output 0.
-        Source: Dao et al. 2022, FlashAttention, section 3.1.
+    Yields:
+        Chunks that have every query block once.
     """
-    both = torch.logaddexp(lse, other_lse)
-    base = torch.where(both == -math.inf, 0.0, both)
-    return (lse - base).exp()[..., None] * out + (other_lse - base).exp()[..., None] * other_out, both
+    most = SCORES_PER_THREAD * torch.get_num_threads()
+    sizes = [(1 + len(choice.exact_blocks), len(choice.far_cells)) for choice in choices]
+    members: list[int] = []
+    num_blocks = num_cells = 0
+    for block in sorted(range(len(choices)), key=sizes.__getitem__):
+        wider = max(num_blocks, sizes[block][0]), max(num_cells, sizes[block][1])
+        if members and (len(members) + 1) * rows * (BLOCK_TOKENS * wider[0] + wider[1]) > most:
+            yield _chunk(choices, table, members, num_blocks, num_cells)
+            members, wider = [], sizes[block]
+        members.append(block)
+        num_blocks, num_cells = wider
+    yield _chunk(choices, table, members, num_blocks, num_cells)
+
+
+def _chunk(
+    choices: Sequence[BlockChoice], table: CellTable, members: list[int], num_blocks: int, num_cells: int
+) -> _Chunk:
+    """Write down a chunk; what fills a row up is block 0 and cell 0, hidden."""
+    keys = [[block, *choices[block].exact_blocks] for block in members]
+    cells = [table.places(choices[block].far_cells) for block in members]
+    hidden = None
+    if any(len(row) < num_blocks for row in keys) or any(len(row) < num_cells for row in cells):
+        there = torch.arange(num_blocks + num_cells)
+        there = torch.where(there < num_blocks, there, there - num_blocks)
+        counts = torch.tensor(
+            [[len(row)] * num_blocks + [len(far)] * num_cells for row, far in zip(keys, cells, strict=True)]
+        )
+        hidden = there >= counts
+    return _Chunk(
+        queries=torch.tensor(members),
+        keys=torch.tensor([row + [0] * (num_blocks - len(row)) for row in keys]),
+        cells=torch.tensor([row + [0] * (num_cells - len(row)) for row in cells], dtype=torch.int64),
+        hidden=hidden,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _ExactSet:
-    """Exact keys of query blocks that have equally many of them."""
+class _Group:
+    """One group's tensors, widened, in blocks."""
 
-    rows: torch.Tensor
-    """int64 [U, R] positions of the queries."""
-    groups: torch.Tensor
-    """int64 [U, 1] group of each."""
-    blocks: torch.Tensor
-    """int64 [U, B] their exact blocks."""
+    queries: torch.Tensor
+    """[N, R, d], already divided by the square root of d."""
+    keys: torch.Tensor
+    """[N, 64, d]."""
+    values: torch.Tensor
+    """[N, 64, d]."""
+    far_keys: torch.Tensor
+    """[C, d]."""
+    far_values: torch.Tensor
+    """[C, d]."""
+    bias: torch.Tensor
+    """[h, C] added to the scores of the far cells."""
+    later: torch.Tensor
+    """[64, 64] minus infinity where a key of the own block is later than the query, else 0."""
 
+    def gather(self, blocks_NBd: torch.Tensor, cells_Cd: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
+        """Bring the keys or values of a chunk together, [U, X, d]."""
+        num_units = len(chunk.queries)
+        x_UXd = blocks_NBd.index_select(0, chunk.keys.flatten()).view(num_units, -1, blocks_NBd.shape[2])
+        if not chunk.cells.numel():
+            return x_UXd
+        return torch.cat([x_UXd, cells_Cd[chunk.cells]], dim=1)
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _FarSet:
-    """Far cells of one query block and group."""
-
-    rows: slice
-    group: int
-    places: list[int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _KeySets:
-    exact: list[_ExactSet]
-    far: list[_FarSet]
-
-
-def _exact_sets(selection: Selection, num_tokens: int) -> list[_ExactSet]:
-    """Put query blocks with as many rows and exact blocks together, within the bound on gathered keys."""
-    alike: dict[tuple[int, int], list[tuple[int, int, tuple[int, ...]]]] = defaultdict(list)
-    for block, first, past in query_blocks(0, num_tokens):
-        for group, choice in enumerate(selection[block]):
-            if choice.exact_blocks:
-                alike[past - first, len(choice.exact_blocks)].append((first, group, choice.exact_blocks))
-    sets: list[_ExactSet] = []
-    for (num_rows, num_blocks), members in alike.items():
-        together = max(1, MAX_GATHERED_TOKENS // (num_blocks * BLOCK_TOKENS))
-        for at in range(0, len(members), together):
-            firsts, groups, blocks = zip(*members[at : at + together], strict=True)
-            sets.append(
-                _ExactSet(
-                    rows=torch.tensor(firsts)[:, None] + torch.arange(num_rows),
-                    groups=torch.tensor(groups)[:, None],
-                    blocks=torch.tensor(blocks),
-                )
-            )
-    return sets
+    def weights(self, q_URd: torch.Tensor, k_UXd: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
+        """Compute the probabilities of a chunk, [U, R, X]."""
+        z_URX = torch.bmm(q_URd, k_UXd.mT)
+        z_UhrX = z_URX.unflatten(1, (-1, BLOCK_TOKENS))
+        z_UhrX[..., :BLOCK_TOKENS] += self.later
+        if chunk.cells.numel():
+            z_UhrX[..., -chunk.cells.shape[1] :] += self.bias[:, chunk.cells].transpose(0, 1)[:, :, None]
+        if chunk.hidden is not None:
+            num_blocks = chunk.keys.shape[1]
+            blocks, cells = chunk.hidden[:, :num_blocks], chunk.hidden[:, num_blocks:]
+            hidden_UX = torch.cat([blocks.repeat_interleave(BLOCK_TOKENS, dim=1), cells], dim=1)
+            z_URX.masked_fill_(hidden_UX[:, None], -math.inf)
+        return torch.softmax(z_URX, dim=-1)
 
 
 class _MergedAttention(torch.autograd.Function):
-    """The merged forward, and the backward through each key set."""
+    """Both directions, each group chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        q_THd, k_TGd, v_TGd, far_k_CGd, far_v_CGd, bias_HC, sets = inputs
-        heads = q_THd.shape[1] // k_TGd.shape[1]
-        out_THd, lse_TH = _own_forward(q_THd, k_TGd, v_TGd)
-        out_TGhd, lse_TGh = _by_group(out_THd, heads), _by_group(lse_TH, heads)
-        q_TGhd = _by_group(q_THd, heads)
-        k_NGRd, v_NGRd = _complete_blocks(k_TGd), _complete_blocks(v_TGd)
+        *tensors, work = inputs
+        ctx.work = work
+        ctx.save_for_backward(*tensors)
+        if work.done is not None:
+            done_THd: torch.Tensor = work.done
+            work.done = None
+            return done_THd
+        out_THd = torch.empty_like(tensors[0], memory_format=torch.contiguous_format)
 
-        for exact in sets.exact:
-            at = (exact.rows, exact.groups)
-            part, lse = _flash(*_exact_operands(exact, q_TGhd, k_NGRd, v_NGRd))
-            part, lse = part.reshape_as(out_TGhd[at]), lse.reshape_as(lse_TGh[at])
-            out_TGhd[at], lse_TGh[at] = merge(out_TGhd[at], lse_TGh[at], part.to(out_TGhd.dtype), lse)
+        def attend(index: int) -> None:
+            group, chunks = _group(index, tensors, work)
+            out_NRd = torch.empty_like(group.queries)
+            for chunk in chunks:
+                k_UXd = group.gather(group.keys, group.far_keys, chunk)
+                weights_URX = group.weights(group.queries[chunk.queries], k_UXd, chunk)
+                v_UXd = group.gather(group.values, group.far_values, chunk)
+                out_NRd.index_copy_(0, chunk.queries, torch.bmm(weights_URX, v_UXd))
+            _put(out_THd, index, out_NRd)
 
-        for far in sets.far:
-            at = (far.rows, far.group)
-            z_RhX = _far_scores(far, q_TGhd, far_k_CGd, bias_HC)
-            lse = z_RhX.logsumexp(-1)
-            # Where the bias leaves out all cells, the weights are 0.
-            base = torch.where(lse == -math.inf, 0.0, lse)
-            part = (z_RhX - base[..., None]).exp() @ far_v_CGd[far.places, far.group]
-            out_TGhd[at], lse_TGh[at] = merge(out_TGhd[at], lse_TGh[at], part, lse)
-
-        out_THd = out_TGhd.flatten(1, 2).to(q_THd.dtype)
-        ctx.sets = sets
-        ctx.save_for_backward(*inputs[:-1], out_THd, lse_TGh.flatten(1, 2))
+        side_by_side(tensors[1].shape[1], attend)
         return out_THd
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q_THd, k_TGd, v_TGd, far_k_CGd, far_v_CGd, bias_HC, out_THd, lse_TH = ctx.saved_tensors
-        heads = q_THd.shape[1] // k_TGd.shape[1]
-        wide = lse_TH.dtype
-        do_THd = gradients[0].contiguous()
-        dq_THd, dk_TGd, dv_TGd = _own_backward(do_THd, q_THd, k_TGd, v_TGd, out_THd, lse_TH)
-        q_TGhd, do_TGhd, out_TGhd, lse_TGh, dq_TGhd = (
-            _by_group(tensor, heads) for tensor in (q_THd, do_THd, out_THd, lse_TH, dq_THd)
+        q_THd, k_TGd, *_ = tensors = ctx.saved_tensors
+        dq_THd, dk_TGd, dv_TGd = (
+            torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors[:3]
         )
+        far_dk_CGd, far_dv_CGd, dbias_HC = (torch.zeros_like(tensor) for tensor in tensors[3:])
+        scale = 1.0 / math.sqrt(q_THd.shape[2])
 
-        k_NGRd, v_NGRd = _complete_blocks(k_TGd), _complete_blocks(v_TGd)
-        block_dk_NGRd, block_dv_NGRd = (torch.zeros_like(k_NGRd, dtype=wide) for _ in range(2))
-        for exact in ctx.sets.exact:
-            at = (exact.rows, exact.groups)
-            operands = _exact_operands(exact, q_TGhd, k_NGRd, v_NGRd)
-            do, out, lse = (_fold(tensor[at]) for tensor in (do_TGhd, out_TGhd, lse_TGh))
-            dq, dk, dv = _flash_backward(do, *operands, out, lse, 0.0, False)
-            dq_TGhd[at] += dq.reshape_as(q_TGhd[at])
-            _add_blocks(block_dk_NGRd, exact, dk)
-            _add_blocks(block_dv_NGRd, exact, dv)
-        complete = len(k_NGRd) * BLOCK_TOKENS
-        dk_TGd[:complete] += _unblock(block_dk_NGRd)
-        dv_TGd[:complete] += _unblock(block_dv_NGRd)
+        def turn_back(index: int) -> None:
+            group, chunks = _group(index, tensors, ctx.work)
+            do_NRd = _blocks(gradients[0], index, k_TGd.shape[1])
+            dq_NRd, dk_NBd, dv_NBd = torch.empty_like(group.queries), *(torch.zeros_like(group.keys) for _ in range(2))
+            for chunk in chunks:
+                # 1. The probabilities again.
+                q_URd, do_URd = (x_NRd.index_select(0, chunk.queries) for x_NRd in (group.queries, do_NRd))
+                k_UXd = group.gather(group.keys, group.far_keys, chunk)
+                weights_URX = group.weights(q_URd, k_UXd, chunk)
 
-        far_dk_CGd, far_dv_CGd, dbias_HC = (torch.zeros_like(tensor) for tensor in (far_k_CGd, far_v_CGd, bias_HC))
-        for far in ctx.sets.far:
-            at = (far.rows, far.group)
-            members = slice(far.group * heads, (far.group + 1) * heads)
-            do_Rhd = do_TGhd[at].to(wide)
-            weights_RhX = (_far_scores(far, q_TGhd, far_k_CGd, bias_HC) - lse_TGh[at][..., None]).exp()
-            row_Rh = (do_Rhd * out_TGhd[at]).sum(-1, keepdim=True)
-            dz_RhX = weights_RhX * (do_Rhd @ far_v_CGd[far.places, far.group].mT - row_Rh)
-            scaled_RhX = dz_RhX / math.sqrt(q_THd.shape[2])
-            dq_TGhd[at] += scaled_RhX @ far_k_CGd[far.places, far.group]
-            far_dk_CGd[far.places, far.group] += torch.einsum("rhx,rhd->xd", scaled_RhX, q_TGhd[at].to(wide))
-            far_dv_CGd[far.places, far.group] += torch.einsum("rhx,rhd->xd", weights_RhX, do_Rhd)
-            dbias_HC[members, far.places] += dz_RhX.sum(0)
+                # 2. Through the sum of values and the softmax.
+                dweights_URX = torch.bmm(do_URd, group.gather(group.values, group.far_values, chunk).mT)
+                dv_UXd = torch.bmm(weights_URX.mT, do_URd)
+                dz_URX = torch.ops.aten._softmax_backward_data(dweights_URX, weights_URX, -1, weights_URX.dtype)
 
-        narrow = [dq_TGhd.flatten(1, 2).to(q_THd.dtype), dk_TGd.to(k_TGd.dtype), dv_TGd.to(v_TGd.dtype)]
-        return (*narrow, far_dk_CGd, far_dv_CGd, dbias_HC, None)
+                # 3. Through the scores.
+                dq_NRd.index_copy_(0, chunk.queries, torch.bmm(dz_URX, k_UXd))
+                dk_UXd = torch.bmm(dz_URX.mT, q_URd)
 
+                # 4. A key block belongs to many query blocks; `index_add_` adds them in a fixed order.
+                num_cells = chunk.cells.shape[1]
+                for total_NBd, part_UXd in ((dk_NBd, dk_UXd), (dv_NBd, dv_UXd)):
+                    blocks_UXd = part_UXd[:, : part_UXd.shape[1] - num_cells]
+                    total_NBd.index_add_(0, chunk.keys.flatten(), blocks_UXd.reshape(-1, *total_NBd.shape[1:]))
+                if num_cells:
+                    places = chunk.cells.flatten()
+                    for far_CGd, part_UXd in ((far_dk_CGd, dk_UXd), (far_dv_CGd, dv_UXd)):
+                        far_CGd[:, index].index_add_(0, places, part_UXd[:, -num_cells:].flatten(0, 1))
+                    dbias_hUF = dz_URX[..., -num_cells:].unflatten(1, (-1, BLOCK_TOKENS)).sum(2).transpose(0, 1)
+                    heads = len(group.bias)
+                    members = slice(index * heads, (index + 1) * heads)
+                    dbias_HC[members].index_add_(1, places, dbias_hUF.flatten(1))
+            _put(dq_THd, index, dq_NRd.mul_(scale))
+            _put(dk_TGd, index, dk_NBd)
+            _put(dv_TGd, index, dv_NBd)
 
-def _by_group(x_TH: torch.Tensor, heads: int) -> torch.Tensor:
-    """[T, H, ...] as [T, G, h, ...]."""
-    return x_TH.unflatten(1, (-1, heads))
-
-
-def _fold(x_UAB: torch.Tensor) -> torch.Tensor:
-    """[U, A, B, ...] as [U, 1, A B, ...]: without a mask, a group's heads are more rows, and blocks are just keys."""
-    return x_UAB.flatten(1, 2)[:, None].contiguous()
-
-
-def _complete_blocks(x_TGd: torch.Tensor) -> torch.Tensor:
-    """The complete blocks of [T, G, d], as [blocks, G, 64, d]."""
-    num_blocks = len(x_TGd) // BLOCK_TOKENS
-    return _blocks(x_TGd, slice(0, num_blocks * BLOCK_TOKENS), BLOCK_TOKENS)
+        side_by_side(k_TGd.shape[1], turn_back)
+        return dq_THd, dk_TGd, dv_TGd, far_dk_CGd, far_dv_CGd, dbias_HC, None
 
 
-def _exact_operands(
-    exact: _ExactSet, q_TGhd: torch.Tensor, k_NGRd: torch.Tensor, v_NGRd: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gather queries [U, 1, R h, d], keys and values [U, 1, X, d]."""
-    at = (exact.blocks, exact.groups)
-    return _fold(q_TGhd[exact.rows, exact.groups]), _fold(k_NGRd[at]), _fold(v_NGRd[at])
-
-
-def _add_blocks(total_NGRd: torch.Tensor, exact: _ExactSet, part: torch.Tensor) -> None:
-    """Add gradients [U, 1, X, d] of gathered keys or values to those of their blocks.
-
-    One block is a key of many query blocks; `index_add_` adds them in a fixed order.
-    """
-    places = (exact.blocks * total_NGRd.shape[1] + exact.groups).flatten()
-    rows = part.to(total_NGRd.dtype).reshape(len(places), *total_NGRd.shape[2:])
-    total_NGRd.flatten(0, 1).index_add_(0, places, rows)
-
-
-def _far_scores(far: _FarSet, q_TGhd: torch.Tensor, far_k_CGd: torch.Tensor, bias_HC: torch.Tensor) -> torch.Tensor:
-    """Scores [R, h, X] of a query block's far cells."""
-    q_Rhd = q_TGhd[far.rows, far.group].to(far_k_CGd.dtype)
-    heads = q_Rhd.shape[1]
-    bias_hX = bias_HC[far.group * heads : (far.group + 1) * heads, far.places]
-    return q_Rhd @ far_k_CGd[far.places, far.group].mT / math.sqrt(q_Rhd.shape[2]) + bias_hX
-
-
-def _own_spans(num_tokens: int) -> Iterator[tuple[slice, int]]:
-    """Tokens of the complete blocks, then of the partial one, each with the rows of a block."""
-    complete = num_tokens // BLOCK_TOKENS * BLOCK_TOKENS
-    if complete:
-        yield slice(0, complete), BLOCK_TOKENS
-    if complete < num_tokens:
-        yield slice(complete, num_tokens), num_tokens - complete
-
-
-def _blocks(x_TH: torch.Tensor, span: slice, rows: int, repeats: int = 1) -> torch.Tensor:
-    """[T, H, ...] as [blocks, H, rows, ...], each head as often as wanted."""
-    return (
-        x_TH[span]
-        .unflatten(0, ((span.stop - span.start) // rows, rows))
-        .transpose(1, 2)
-        .repeat_interleave(repeats, dim=1)
-        .contiguous()
+def _group(index: int, tensors: Sequence[torch.Tensor], work: _Work) -> tuple[_Group, Iterator[_Chunk]]:
+    """Widen a group's tensors; put its query blocks together."""
+    q_THd, k_TGd, v_TGd, far_k_CGd, far_v_CGd, bias_HC = tensors
+    num_groups, heads = k_TGd.shape[1], q_THd.shape[1] // k_TGd.shape[1]
+    q_NRd, k_NBd, v_NBd = (_blocks(tensor, index, num_groups) for tensor in (q_THd, k_TGd, v_TGd))
+    group = _Group(
+        queries=q_NRd.mul_(1.0 / math.sqrt(q_THd.shape[2])),
+        keys=k_NBd,
+        values=v_NBd,
+        far_keys=far_k_CGd[:, index],
+        far_values=far_v_CGd[:, index],
+        bias=bias_HC[index * heads : (index + 1) * heads],
+        later=torch.full((BLOCK_TOKENS, BLOCK_TOKENS), -math.inf, dtype=q_NRd.dtype).triu_(1),
     )
+    choices = [work.choices[block][index] for block in range(len(q_NRd))]
+    return group, _chunks(choices, work.table, q_NRd.shape[1])
 
 
-def _unblock(x_UHR: torch.Tensor) -> torch.Tensor:
-    """[blocks, H, rows, ...] as [T, H, ...]."""
-    return x_UHR.transpose(1, 2).flatten(0, 1)
+def _blocks(x_THd: torch.Tensor, group: int, num_groups: int) -> torch.Tensor:
+    """Copy a group's heads of [T, H, d], widened, as [N, R, d]; rows after the last token are 0."""
+    heads = x_THd.shape[1] // num_groups
+    complete, rest = divmod(len(x_THd), BLOCK_TOKENS)
+    dtype = torch.promote_types(x_THd.dtype, torch.float32)
+    x_NhRd = x_THd.new_empty((complete + (rest > 0), heads, BLOCK_TOKENS, x_THd.shape[2]), dtype=dtype)
+    if rest:
+        x_NhRd[complete].zero_()
+    for target, source in zip(_parts_of_blocks(x_NhRd, rest), _parts_of_tokens(x_THd, group, heads), strict=True):
+        target.copy_(source)
+    return x_NhRd.flatten(1, 2)
 
 
-def _own_forward(q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend to the own block, causally; output [T, H, d] and log-sum-exp [T, H] in the dtype to merge in."""
-    heads = q_THd.shape[1] // k_TGd.shape[1]
-    outs: list[torch.Tensor] = []
-    lses: list[torch.Tensor] = []
-    for span, rows in _own_spans(len(q_THd)):
-        q, k, v = _blocks(q_THd, span, rows), _blocks(k_TGd, span, rows, heads), _blocks(v_TGd, span, rows, heads)
-        out, lse = _flash(q, k, v, 0.0, True)
-        outs.append(_unblock(out))
-        lses.append(_unblock(lse))
-    lse_TH = torch.cat(lses)
-    return torch.cat(outs).to(lse_TH.dtype), lse_TH
+def _put(x_THd: torch.Tensor, group: int, x_NRd: torch.Tensor) -> None:
+    """Write [N, R, d] to a group's heads of [T, H, d], rounded to its dtype."""
+    rest = len(x_THd) % BLOCK_TOKENS
+    x_NhRd = x_NRd.unflatten(1, (-1, BLOCK_TOKENS))
+    parts = _parts_of_tokens(x_THd, group, x_NhRd.shape[1])
+    for target, source in zip(parts, _parts_of_blocks(x_NhRd, rest), strict=True):
+        target.copy_(source)
 
 
-def _own_backward(
-    do_THd: torch.Tensor,
-    q_THd: torch.Tensor,
-    k_TGd: torch.Tensor,
-    v_TGd: torch.Tensor,
-    out_THd: torch.Tensor,
-    lse_TH: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of queries, keys and values through the own block, in the dtype to add in."""
-    heads = q_THd.shape[1] // k_TGd.shape[1]
-    parts: list[list[torch.Tensor]] = []
-    for span, rows in _own_spans(len(q_THd)):
-        do, q, out, lse = (_blocks(tensor, span, rows) for tensor in (do_THd, q_THd, out_THd, lse_TH))
-        k, v = (_blocks(tensor, span, rows, heads) for tensor in (k_TGd, v_TGd))
-        gradients = _flash_backward(do, q, k, v, out, lse, 0.0, True)
-        parts.append([_unblock(gradient).to(lse_TH.dtype) for gradient in gradients])
-    dq_THd, dk_THd, dv_THd = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return dq_THd, _by_group(dk_THd, heads).sum(2), _by_group(dv_THd, heads).sum(2)
+def _parts_of_tokens(x_THd: torch.Tensor, group: int, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """View the complete blocks [blocks, h, 64, d] and the partial one [h, rows, d] of a group's heads."""
+    x_Thd = x_THd[:, group * heads : (group + 1) * heads]
+    complete = len(x_Thd) // BLOCK_TOKENS
+    tokens = complete * BLOCK_TOKENS
+    return x_Thd[:tokens].unflatten(0, (complete, BLOCK_TOKENS)).transpose(1, 2), x_Thd[tokens:].transpose(0, 1)
+
+
+def _parts_of_blocks(x_NhRd: torch.Tensor, rest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """View the same parts of [N, h, 64, d], whose last block has so many tokens, or is complete where there are 0."""
+    complete = len(x_NhRd) - (rest > 0)
+    return x_NhRd[:complete], x_NhRd[-1, :, :rest]

@@ -97,9 +97,41 @@ def build_pyramid(
     )
 
 
+def block_key_sums(k_SGd: torch.Tensor) -> torch.Tensor:
+    """Add up the keys of each complete block, which is all that a pyramid of keys needs of them.
+
+    Args:
+        k_SGd: [S, G, d] keys as the cache holds them, from a block's first on.
+
+    Returns:
+        [S // 64, G, d] in float32, or float64 where the keys are.
+    """
+    return _reduce_runs(k_SGd.to(torch.promote_types(k_SGd.dtype, torch.float32)), BLOCK_TOKENS, torch.add)
+
+
+def key_pyramid(block_sum_CGd: torch.Tensor, num_tokens: int) -> tuple[CellLevel, ...]:
+    """Summarise the keys of a sequence whose blocks were summed elsewhere, such as on several ranks.
+
+    Args:
+        block_sum_CGd: [C, G, d] from `block_key_sums`, of every complete block.
+        num_tokens: length of the sequence.
+
+    Returns:
+        The levels that `build_pyramid` returns for the keys alone, bit for bit.
+    """
+    sums = _levels_above(block_sum_CGd, torch.add, num_levels(num_tokens))
+    return tuple(CellLevel(num_tokens=cell_tokens(level), key_sum=key_sum) for level, key_sum in enumerate(sums))
+
+
 def _all_levels(x_SGd: torch.Tensor, combine: Combine, levels: int) -> Sequence[torch.Tensor]:
     """Reduce tokens to blocks, blocks to cells of eight, and so on."""
-    reduced = [_reduce_runs(x_SGd.to(torch.promote_types(x_SGd.dtype, torch.float32)), BLOCK_TOKENS, combine)]
+    wide_SGd = x_SGd.to(torch.promote_types(x_SGd.dtype, torch.float32))
+    return _levels_above(_reduce_runs(wide_SGd, BLOCK_TOKENS, combine), combine, levels)
+
+
+def _levels_above(x_CGd: torch.Tensor, combine: Combine, levels: int) -> Sequence[torch.Tensor]:
+    """Reduce blocks to cells of eight, and so on; the blocks come first."""
+    reduced = [x_CGd]
     while len(reduced) < levels:
         reduced.append(_reduce_runs(reduced[-1], RADIX, combine))
     return reduced
