@@ -9,7 +9,8 @@ from benchmarks.contest import alternate, spread_of
 from benchmarks.errors import IncorrectError
 from benchmarks.result import Outcome
 from benchmarks.rows import Settings
-from benchmarks.rows.pattern import BLOCK_TOKENS, TOP_BLOCKS, WINDOW_TOKENS
+from benchmarks.rows.pattern import TOP_BLOCKS, WINDOW_TOKENS
+from dseek.core.attention_pattern import BLOCK_TOKENS
 
 NUM_HEADS, HEAD_DIM = 8, 64
 

@@ -4,41 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
-BLOCK_TOKENS = 64
+from dseek.core.attention_pattern import AttentionPattern
+from dseek.plan.selection import seen_tokens
 
 WINDOW_TOKENS = 256
-"""Tokens before the own block that every query sees."""
+"""Tokens before the own block that every query sees, where a block's first query chooses for all."""
 
 TOP_BLOCKS = 9
-"""Blocks selected beside the window."""
-
-LOAD_OPTIONS: dict[str, Any] = {
-    "attention": "dynamic",
-    "attention_window": WINDOW_TOKENS,
-    "attention_top_blocks": TOP_BLOCKS,
-    "attention_far": False,
-}
-"""The pattern as the plan's wish: arguments of `dseek.load`."""
+"""Blocks selected beside that window."""
 
 FIELDS: dict[str, Any] = {"window_tokens": WINDOW_TOKENS, "top_blocks": TOP_BLOCKS}
 """The pattern as arguments of the workers' operations, which build an `AttentionPattern` without far cells of it."""
 
+MODEL_PATTERN = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=64, min_share=0.03)
+"""What a whole model attends to: every query selects for itself, by the model's gate."""
+
+LOAD_OPTIONS: dict[str, Any] = {
+    "attention": "dynamic",
+    "attention_window": MODEL_PATTERN.window_tokens[0],
+    "attention_top_blocks": MODEL_PATTERN.top_blocks,
+    "attention_min_share": MODEL_PATTERN.min_share,
+}
+"""The same as the plan's wish: arguments of `dseek.load`."""
+
 
 def visible_tokens(context_tokens: float) -> float:
-    """Tokens that one query sees at most: the first block, the window, the selected blocks and its own.
+    """Tokens that one query of a model is expected to see: the first block, the window, what is opened and its own.
 
     Args:
         context_tokens: tokens so far.
     """
-    return min(context_tokens, float(WINDOW_TOKENS + (TOP_BLOCKS + 2) * BLOCK_TOKENS))
+    return min(context_tokens, MODEL_PATTERN.visible_tokens(int(context_tokens), 1))
 
 
 def prefill_pairs(num_tokens: int) -> float:
-    """Pairs of a query and a key that attention over a prompt looks at, its own block by half.
+    """Pairs of a query and a key that a model's attention over a prompt is expected to look at.
 
     Args:
         num_tokens: tokens of the prompt.
     """
-    before = WINDOW_TOKENS + (TOP_BLOCKS + 1) * BLOCK_TOKENS
-    own = num_tokens * (BLOCK_TOKENS + 1) / 2
-    return own + sum(min(start, before) * BLOCK_TOKENS for start in range(0, num_tokens, BLOCK_TOKENS))
+    return num_tokens * seen_tokens(MODEL_PATTERN, 0, num_tokens, 1)

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from benchmarks.errors import IncorrectError
-from benchmarks.models import SMOLLM2
 from benchmarks.peers.turns import TurnRanks, run_in_turn
 from benchmarks.rows import Settings, pattern, row, shards, training
-from dseek.core.attention_pattern import AttentionPattern
+from dseek.plan.attention_wish import AttentionWish
 
 SMOKE = Settings(threads=1, rounds=1, smoke=True)
 
@@ -56,19 +55,24 @@ def test_shards_run_and_check_rows_and_choices() -> None:
 def test_decode_runs_and_its_answers_are_judged() -> None:
     outcome = row("decode-16k").measure(SMOKE)
     assert outcome.value > 0 and outcome.peer == "dseek int8, dense"
-    assert outcome.details["plan"]["attention"] == "window 256 and 9 blocks"
+    assert outcome.details["plan"]["attention"] == "window 64 and shares from 0.03, up to 64 blocks"
     assert set(outcome.details["check"]["regret"]) == {"dseek int8", "dseek int8, dense"}
 
 
 def test_the_pattern_is_said_in_one_place() -> None:
-    wanted = AttentionPattern(kind="dynamic", window_tokens=(pattern.WINDOW_TOKENS,), top_blocks=pattern.TOP_BLOCKS)
-    for tokens in (1, 64, 65, 900, 16384, 100_000):
-        assert pattern.visible_tokens(tokens) >= wanted.visible_tokens(tokens, 1)
-    assert pattern.visible_tokens(16384) == wanted.visible_tokens(16384, 1)
-    pairs = sum(wanted.visible_tokens(tokens, 1) for tokens in range(1, 6401))
-    assert pattern.prefill_pairs(6400) == pairs
-    dense = SMOLLM2.prefill_attention_operations(6400)
-    assert SMOLLM2.prefill_attention_operations(6400, pairs) == pytest.approx(dense * pairs / (6400 * 6401 / 2))
+    wish = AttentionWish(
+        kind=pattern.LOAD_OPTIONS["attention"],
+        window_tokens=pattern.LOAD_OPTIONS["attention_window"],
+        top_blocks=pattern.LOAD_OPTIONS["attention_top_blocks"],
+        min_share=pattern.LOAD_OPTIONS["attention_min_share"],
+    )
+    assert wish.patterns() == [pattern.MODEL_PATTERN]
+    assert pattern.visible_tokens(100) == 100
+    assert pattern.visible_tokens(16384) == pattern.MODEL_PATTERN.visible_tokens(16384, 1)
+    by_hand = sum(pattern.MODEL_PATTERN.visible_tokens(tokens, 1) for tokens in range(1, 1001))
+    assert pattern.prefill_pairs(1000) == pytest.approx(by_hand)
+    dense = SMOLLM2.prefill_attention_operations(1000)
+    assert SMOLLM2.prefill_attention_operations(1000, by_hand) == pytest.approx(dense * by_hand / (1000 * 1001 / 2))
 
 
 def test_ranks_take_turns_and_are_charged_for_what_they_do() -> None:
