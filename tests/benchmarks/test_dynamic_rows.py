@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks.errors import IncorrectError
+from benchmarks.models import SMOLLM2
 from benchmarks.peers.turns import TurnRanks, run_in_turn
 from benchmarks.rows import Settings, pattern, row, shards, training
 from dseek.plan.attention_wish import AttentionWish
