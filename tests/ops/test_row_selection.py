@@ -174,8 +174,16 @@ def run(
 
 
 @pytest.mark.parametrize(
-    "fields", [{"min_share": 1.0}, {"min_share": -0.1}, {"min_share": 0.1, "far": True}], ids=["one", "below", "far"]
+    "fields",
+    [
+        {"min_share": 1.0},
+        {"min_share": -0.1},
+        {"min_share": 0.1, "far": True},
+        {"min_share": 0.1, "top_blocks": 0},
+        {"min_share": 0.1, "kind": "window", "top_blocks": 0},
+    ],
+    ids=["one", "below", "far", "no-blocks", "window"],
 )
 def test_patterns_refuse_other_shares(fields: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="least share"):
-        AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=4, **fields)  # type: ignore[arg-type]
+        AttentionPattern(**{"kind": "dynamic", "window_tokens": (64,), "top_blocks": 4} | fields)  # type: ignore[arg-type]

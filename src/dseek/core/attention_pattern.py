@@ -79,6 +79,8 @@ class AttentionPattern:
             raise ConfigError(f"a {self.kind} attention pattern with far cells", remedy="take the pattern dynamic")
         if not 0.0 <= self.min_share < 1.0:
             raise ConfigError(f"a least share of {self.min_share}", needed="at least 0 and below 1")
+        if self.min_share and self.kind == "dynamic" and not self.top_blocks:
+            raise ConfigError("a least share with no blocks to select", needed=f"1 to {MAX_TOP_BLOCKS} blocks")
         if self.min_share and (self.kind != "dynamic" or self.far):
             raise ConfigError(
                 "a least share without a dynamic attention pattern, or with far cells",
