@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -58,8 +59,12 @@ def pyramid_f1(settings: Settings) -> Outcome:
     default = work_dir() / ("pyramid-f1-smoke" if settings.smoke else "pyramid-f1")
     torch.set_num_threads(settings.threads)
     folder = Path(os.environ.get(FOLDER) or default).expanduser()
-    summary = Experiment(recipe=recipe, files=given, folder=folder, log=lambda line: None).run()
+    summary = Experiment(recipe=recipe, files=given, folder=folder, log=_log).run()
     if not summary["best_f1"] >= LEAST_BEST:
         raise IncorrectError(f"the best spans of the documents have an F1 of only {summary['best_f1']:.3f}")
     gain = summary["gain"]["mean"]
     return Outcome(value=gain, unit="fraction", ratio=gain / BAR, details=summary)
+
+
+def _log(line: str) -> None:
+    print(f"benchmarks: pyramid-f1: {line}", file=sys.stderr, flush=True)

@@ -194,11 +194,11 @@ def test_training_learns_and_is_the_same_each_time(parts: dict[Part, Corpus]) ->
         torch.manual_seed(1)
         reader = Reader()
         lines.append([])
-        stage = Stage(length=320, batch=8, steps=20)
+        stage = Stage(length=320, batch=8, steps=10)
         train(reader, DENSE, parts["train"], stage, rate=2e-3, seed=0, log=lines[-1].append)
         ends.append(reader.head[-1].weight.detach().clone())
     losses = [float(line.rsplit(" ", 1)[1]) for line in lines[0]]
-    assert losses[-1] < losses[0] - 1
+    assert losses[-1] < losses[0] - 0.5
     torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-5)
 
 

@@ -52,6 +52,8 @@ class Score:
     """F1 of each question, 0 to 1."""
     distance: list[int]
     """Words from the end of the question to the answering paragraph, of each."""
+    loss: float
+    """Mean of `loss_of` over the questions that have an answer short enough."""
     right_paragraph: float
     """Share of answers from the paragraph that was asked about."""
     best_f1: float
@@ -104,7 +106,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = rate * min((step + 1) / warm_up, (stage.steps - step) / (stage.steps - warm_up + 1))
         # Long documents one by one: their activations are what fills the memory.
-        together = max(1, min(stage.batch, 8192 // stage.length))
+        together = max(1, min(stage.batch, 4096 // stage.length))
         total = 0.0
         for at in range(0, len(documents), together):
             some = documents[at : at + together]
@@ -138,13 +140,21 @@ def score(reader: Reader, pattern: AttentionPattern, corpus: Corpus, length: int
     questions = usable(corpus, length, trained=False)
     chosen = [questions[idx] for idx in random.permutation(len(questions))[:count]]
     reader.eval()
-    scores, distances, right, best = [], [], [], []
+    scores, distances, losses, right, best = [], [], [], [], []
     for question in chosen:
         document = build(corpus, question, length, random)
         (scores_T2,) = reader(features_of([document]), pattern)
+        if document.spans():
+            losses.append(float(loss_of(scores_T2[None], [document])))
         first, last = best_span(scores_T2, document)
         scores.append(f1(document.text(corpus, first, last), question.answers))
         right.append(document.places[first, 0] == question.paragraph_idx)
         distances.append(document.answer_start - int((document.paragraph >= 0).argmax()))
         best.append(max((f1(document.text(corpus, *span), question.answers) for span in document.spans()), default=0.0))
-    return Score(f1=scores, distance=distances, right_paragraph=float(np.mean(right)), best_f1=float(np.mean(best)))
+    return Score(
+        f1=scores,
+        distance=distances,
+        loss=float(np.mean(losses)),
+        right_paragraph=float(np.mean(right)),
+        best_f1=float(np.mean(best)),
+    )
