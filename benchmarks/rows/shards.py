@@ -63,7 +63,7 @@ def shards_100k(settings: Settings) -> Outcome:
         limit_share=None,
         peer="dseek, dense attention as one task",
         details={
-            "tokens": checked["tokens"],
+            "tokens_of_subtasks": checked["tokens"],
             "threads_per_worker": settings.threads,
             "tokens_s_per_worker": {"shards": num_tokens / sum_s, "dense": num_tokens / dense_s},
             "sum_s": spread_of(answers["shards"], "sum_s"),

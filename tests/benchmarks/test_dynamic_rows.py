@@ -38,12 +38,12 @@ def test_training_runs_and_checks_gradients() -> None:
 def test_shards_run_and_check_rows_and_choices() -> None:
     outcome = row("shards-100k").measure(SMOKE)
     details = outcome.details
-    assert sum(details["tokens"]) == 5000 and len(details["tokens"]) == 8
+    assert sum(details["tokens_of_subtasks"]) == 5000 and len(details["tokens_of_subtasks"]) == 8
     assert outcome.value == pytest.approx(details["sum_s"]["median"] / 8)
     assert outcome.ratio == pytest.approx(details["dense_s"]["median"] / details["sum_s"]["median"])
     assert details["slowest_s"]["median"] <= details["sum_s"]["median"]
 
-    right: dict[str, Any] = {"tokens": details["tokens"], **details["check"]}
+    right: dict[str, Any] = {"tokens": details["tokens_of_subtasks"], **details["check"]}
     shards._check(right)
     for wrong in ({"tokens": [5000]}, {"difference": 0.04}, {"cosine": 0.99}, {"same_choices": 0.99}):
         with pytest.raises(IncorrectError):
