@@ -114,8 +114,14 @@ def test_training_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path) -> 
         decoder = Decoder.from_files(files, torch.float32).requires_grad_(False)
     texts = [torch.randint(3, 380, (1024,), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     seen: list[tuple[str, int, int]] = []
-    samples = make_samples(decoder, texts, tmp_path / "samples", config, lambda *args: seen.append(args[:3]))
+
+    def note(*args: object) -> None:
+        seen.append(args[:3])  # type: ignore[arg-type]
+
+    samples = make_samples(lambda _: decoder, texts, tmp_path / "samples", config, note)
     assert seen == [("samples", 1, 2), ("samples", 2, 2)]
+    with pytest.raises(ConfigError, match="another text"):
+        make_samples(lambda _: decoder, texts[::-1], tmp_path / "samples", config, note)
     whole = new_gates(decoder.shape, config)
     losses: list[float] = []
     train_gates(whole, samples, tmp_path / "whole", config, lambda *args: losses.append(args[3]["loss"]))
@@ -135,6 +141,21 @@ def test_training_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path) -> 
         train_gates(resumed, samples, tmp_path / "parts", other, lambda *_: None)
 
 
+def test_lists_of_texts_and_lengths_take_turns(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("the quick brown fox jumps over the lazy dog. " * 2000)
+    texts = ["--text", SOURCE, "--text", str(tmp_path / "words.txt")]
+    options = ["--tokens", "1024", "4608", "--samples", "4", "--passes", "1", "--gate-dim", "16"]
+    out = tmp_path / "out"
+    assert main(["train-gate", str(folder), *texts, *options, "--out", str(out)]) == 0
+    assert [_sample_blocks(out, index) for index in range(4)] == [16, 16, 64, 64], "the model has 4096 positions"
+    out = tmp_path / "extended"
+    options += ["--max-position-embeddings", "8192"]
+    assert main(["train-gate", str(folder), *texts, *options, "--out", str(out)]) == 0
+    assert [_sample_blocks(out, index) for index in range(4)] == [16, 16, 72, 72]
+    first, second = (dict(_tensors(out / "samples" / f"000{index}.safetensors")) for index in range(2))
+    assert not torch.equal(first["0.means"], second["0.means"]), "the lists do not take turns"
+
+
 def test_bad_options_end_with_status_2(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["train-gate", str(folder), "--out", str(tmp_path)]
     assert main([*command, "--text", str(tmp_path / "none.txt"), "--tokens", "1024"]) == 2
@@ -150,6 +171,11 @@ def test_bad_options_end_with_status_2(folder: Path, tmp_path: Path, capsys: pyt
 def _tensors(path: Path) -> list[tuple[str, torch.Tensor]]:
     with safe_open(str(path), "pt") as stored:
         return [(name, stored.get_tensor(name)) for name in stored.keys()]  # noqa: SIM118
+
+
+def _sample_blocks(out: Path, index: int) -> int:
+    tensors = dict(_tensors(out / "samples" / f"{index:04d}.safetensors"))
+    return len(tensors["0.means"])
 
 
 def _plan(folder: Path, pattern: AttentionPattern) -> Plan:

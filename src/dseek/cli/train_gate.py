@@ -16,6 +16,7 @@ from dseek.core.errors import ConfigError, RequestError
 if TYPE_CHECKING:
     import torch
 
+    from dseek.models.decoder import Decoder
     from dseek.models.files import ModelFiles
     from dseek.train.gate_training import Progress
 
@@ -32,13 +33,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: the verb's parser.
     """
     add_model(parser)
-    parser.add_argument("--text", required=True, nargs="+", metavar="FILE", help="texts to learn from, UTF-8")
+    parser.add_argument(
+        "--text",
+        required=True,
+        nargs="+",
+        action="append",
+        metavar="FILE",
+        help="texts to learn from, UTF-8; given several times, samples are drawn from each list in turn",
+    )
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="folder for samples, state and gate.safetensors; goes on in it"
     )
     group = parser.add_argument_group("training")
     group.add_argument(
-        "--tokens", type=positive_int, default=8192, metavar="N", help="tokens of each sample (default: %(default)s)"
+        "--tokens",
+        type=positive_int,
+        nargs="+",
+        default=[8192],
+        metavar="N",
+        help="tokens of a sample; several lengths take turns (default: 8192)",
+    )
+    group.add_argument(
+        "--max-position-embeddings",
+        type=positive_int,
+        metavar="N",
+        help="positions that samples longer than the model was made for are run with, as `generate` would",
     )
     group.add_argument(
         "--samples", type=positive_int, default=24, metavar="N", help="texts that are sampled (default: %(default)s)"
@@ -68,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from dseek.models.decoder import Decoder
     from dseek.models.files import open_model
     from dseek.models.gate_file import FILE_NAME, fingerprint
+    from dseek.models.long_positions import extend_positions
     from dseek.train import gate_training
 
     config = gate_training.GateTraining(gate_dim=args.gate_dim, num_passes=args.passes, seed=args.seed)
@@ -84,11 +103,13 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(
                 f"{files.name} has a sliding window", needed="a model whose layers attend to everything before them"
             )
-        texts = _texts(files, args.text, args.samples, min(args.tokens, files.shape.max_position_embeddings), args.seed)
-        decoder = Decoder.from_files(files, torch.bfloat16).requires_grad_(False)
+        longest = extend_positions(files.shape, args.max_position_embeddings).max_position_embeddings
+        lengths = [min(length, longest) for length in args.tokens]
+        texts = _texts(files, args.text, args.samples, lengths, args.seed)
+        decoders = _Decoders(files, args.max_position_embeddings)
+        samples = gate_training.make_samples(decoders.of, texts, folder / "samples", config, progress)
+        del decoders
         shape = files.shape
-        samples = gate_training.make_samples(decoder, texts, folder / "samples", config, progress)
-        del decoder
         gates = gate_training.new_gates(shape, config)
         gate_training.train_gates(gates, samples, folder / "state.safetensors", config, progress)
         dense = gate_training.dense_heads(gates, samples, config)
@@ -97,20 +118,59 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _texts(files: ModelFiles, paths: list[str], count: int, num_tokens: int, seed: int) -> list[torch.Tensor]:
-    """Draw token sequences: files in a random order, joined until each is long enough."""
+class _Decoders:
+    """The frozen model, with the positions that a text's length needs.
+
+    Args:
+        files: the opened model.
+        max_position_embeddings: positions of texts that are longer than the model was made for.
+    """
+
+    def __init__(self, files: ModelFiles, max_position_embeddings: int | None) -> None:
+        self._files, self._positions = files, max_position_embeddings
+        self._made: dict[bool, Decoder] = {}
+
+    def of(self, num_tokens: int) -> Decoder:
+        """Give the model for a text.
+
+        Args:
+            num_tokens: length of the text.
+        """
+        import torch
+
+        from dseek.models.decoder import Decoder
+        from dseek.models.long_positions import extend_positions
+
+        own = self._files.shape
+        extended = num_tokens > own.max_position_embeddings
+        if extended not in self._made:
+            try:
+                if extended:
+                    self._files.shape = extend_positions(own, self._positions)
+                self._made[extended] = Decoder.from_files(self._files, torch.bfloat16).requires_grad_(False)
+            finally:
+                self._files.shape = own
+        return self._made[extended]
+
+
+def _texts(files: ModelFiles, lists: list[list[str]], count: int, lengths: list[int], seed: int) -> list[torch.Tensor]:
+    """Draw token sequences: files of a list in a random order, joined until each sequence is long enough.
+
+    Lists take turns, and once each of them had its turn the next length is due.
+    """
     import torch
 
     from dseek.engine.prompts import text_token_ids
 
-    if num_tokens < LEAST_TOKENS:
-        raise RequestError(f"samples of {num_tokens} tokens", needed=f"at least {LEAST_TOKENS}")
-    order, read = random.Random(seed), {}
+    if min(lengths) < LEAST_TOKENS:
+        raise RequestError(f"samples of {min(lengths)} tokens", needed=f"at least {LEAST_TOKENS}")
+    order = random.Random(seed)
+    read: dict[str, list[int]] = {}
     texts = []
-    for _ in range(count):
+    for index in range(count):
+        paths, num_tokens = lists[index % len(lists)], lengths[index // len(lists) % len(lengths)]
         ids: list[int] = []
-        pool = order.sample(paths, len(paths))
-        for path in pool:
+        for path in order.sample(paths, len(paths)):
             if path not in read:
                 read[path] = text_token_ids(files, _read(path))
             ids += read[path]
@@ -149,13 +209,16 @@ def _shown(folder: Path | None) -> Iterator[Progress]:
             ) from None
         writer = SummaryWriter(str(folder / "runs"))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks: dict[str, Any] = {}
 
         def show(what: str, done: int, total: int, figures: dict[str, float]) -> None:
+            text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+            if not console.is_terminal:
+                print(f"{what} {done} of {total} {text}".rstrip(), file=sys.stderr, flush=True)
             if what not in tasks:
                 tasks[what] = bar.add_task(what, total=total)
-            text = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
             bar.update(tasks[what], completed=done, description=f"{what} {text}".strip())
             if writer is not None:
                 for name, value in figures.items():

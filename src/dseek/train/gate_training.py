@@ -7,6 +7,7 @@ all, so that a run that was stopped repeats at most one pass.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -76,12 +77,16 @@ class GateTraining:
 
 
 def make_samples(
-    decoder: Decoder, texts: Sequence[torch.Tensor], folder: Path, config: GateTraining, progress: Progress
+    decoder_of: Callable[[int], Decoder],
+    texts: Sequence[torch.Tensor],
+    folder: Path,
+    config: GateTraining,
+    progress: Progress,
 ) -> list[Path]:
     """Write a file of samples for every text that has none yet.
 
     Args:
-        decoder: the frozen model.
+        decoder_of: gives the frozen model for a text of so many tokens.
         texts: token ids, int64 [T] each.
         folder: where the files go, made if need be.
         config: number of rows, seed.
@@ -89,15 +94,23 @@ def make_samples(
 
     Returns:
         The files, in the order of the texts.
+
+    Raises:
+        ConfigError: a file is there that was made from something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for index, token_ids in enumerate(texts):
         file = folder / f"{index:04d}.safetensors"
-        if not file.exists():
+        origin = _origin(token_ids, config)
+        if file.exists():
+            _check_origin(file, origin)
+        else:
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
             tensors = {}
-            samples = layer_samples(decoder, token_ids, num_rows=config.num_rows, generator=generator)
+            samples = layer_samples(
+                decoder_of(len(token_ids)), token_ids, num_rows=config.num_rows, generator=generator
+            )
             for layer, sample in enumerate(samples):
                 for field in fields(sample):
                     value = getattr(sample, field.name)
@@ -105,10 +118,27 @@ def make_samples(
                         value if field.name == "rows" else value.half() if field.name == "mass" else value.bfloat16()
                     )
                     tensors[f"{layer}.{field.name}"] = stored
-            atomic_write_bytes(file, to_safetensors(tensors))
+            atomic_write_bytes(file, to_safetensors(tensors, {"origin": origin}))
         files.append(file)
         progress("samples", index + 1, len(texts), {})
     return files
+
+
+def _origin(token_ids: torch.Tensor, config: GateTraining) -> str:
+    """Name what a sample is made from."""
+    digest = hashlib.sha256(token_ids.numpy().tobytes())
+    digest.update(f"{config.num_rows} {config.seed}".encode())
+    return digest.hexdigest()
+
+
+def _check_origin(file: Path, origin: str) -> None:
+    with safe_open(str(file), framework="pt") as stored:
+        if (stored.metadata() or {}).get("origin") != origin:
+            raise ConfigError(
+                f"{file} was made from another text, or with other settings",
+                needed="samples of the texts that are given",
+                remedy="train into another folder, or take the samples away",
+            )
 
 
 def read_samples(file: Path, num_layers: int) -> list[LayerSample]:
