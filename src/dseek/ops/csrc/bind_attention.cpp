@@ -31,7 +31,7 @@ template <class Value>
 Output<Value> attend(const Input<Value, 3>& q, const Input<Value, 3>& k, const Input<Value, 3>& v,
                      const DynamicPattern& pattern, AttentionTrace* trace) {
     const SequenceShape shape = shape_of(q, k, v);
-    Pages memory(q.size() * sizeof(Value));
+    Pages memory = Pages::huge(q.size() * sizeof(Value));
     {
         nb::gil_scoped_release release;
         sequence_attention(shape, q.data(), k.data(), v.data(), pattern, memory.as<Value>(), trace);

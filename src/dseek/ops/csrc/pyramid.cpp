@@ -1,6 +1,7 @@
 #include "pyramid.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -10,6 +11,14 @@ namespace dseek {
 namespace {
 
 constexpr int kStripsOfBlock = kPageTokens / kStripRows;
+
+// A number that is the smaller the higher a score, among equal scores the earlier; what is no number comes last.
+uint64_t rank_of(float score, uint32_t index) {
+    if (std::isnan(score)) score = -INFINITY;
+    const auto bits = std::bit_cast<uint32_t>(score + 0.f);  // of the two zeros, one
+    const uint32_t rising = (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+    return uint64_t{~rising} << 32 | index;
+}
 
 }  // namespace
 
@@ -41,9 +50,9 @@ Pyramid::Pyramid(const CacheLayout& layout, int num_pages, int64_t num_tokens, i
 }
 
 uint8_t* Pyramid::record(const HeadView& head, int block) const {
-    const size_t index = (static_cast<size_t>(head.pages[block]) * layout_.num_layers + head.layer) *
-                             static_cast<size_t>(layout_.num_kv_heads) +
-                         head.kv_head;
+    // Head by head, since a selection goes through the records of one.
+    const size_t of_head = (static_cast<size_t>(head.layer) * layout_.num_kv_heads + head.kv_head) * num_pages_;
+    const size_t index = of_head + head.pages[block];
     return memory_.data() + index * record_bytes_;
 }
 
@@ -140,16 +149,10 @@ void Pyramid::select(const HeadView& head, int query_block, const Budget& budget
             // All cells of a level are equally large, so the logarithm of their tokens does not change their order.
             kernels().score_cells(query, num_heads, layout_.head_dim, room.means.data(), static_cast<int>(count),
                                   room.scores.data());
-            // Sorting needs numbers that compare: what is none comes last.
-            for (float& score : room.scores) {
-                if (std::isnan(score)) score = -INFINITY;
-            }
             room.order.resize(count);
-            for (size_t i = 0; i < count; ++i) room.order[i] = static_cast<int32_t>(i);
-            const auto better = [&](int32_t a, int32_t b) {
-                return room.scores[a] > room.scores[b] || (room.scores[a] == room.scores[b] && a < b);
-            };
-            std::nth_element(room.order.begin(), room.order.begin() + wanted - 1, room.order.end(), better);
+            for (size_t i = 0; i < count; ++i) room.order[i] = rank_of(room.scores[i], static_cast<uint32_t>(i));
+            std::nth_element(room.order.begin(), room.order.begin() + wanted, room.order.end());
+            for (size_t i = 0; i < wanted; ++i) room.order[i] &= 0xffffffffu;
             std::sort(room.order.begin(), room.order.begin() + wanted);
             for (size_t i = 0; i < wanted; ++i) chosen.push_back(candidates[room.order[i]].index);
         } else if (wanted > 0) {

@@ -67,7 +67,7 @@ struct SelectionRoom {
     DescentRoom descent;
     std::vector<const float*> means;
     std::vector<float> scores;
-    std::vector<int32_t> order;
+    std::vector<uint64_t> order;
     std::vector<float> rows;  // [64][2][d], means of a page of far cells
     Pages far_pages;
     std::vector<float> far_bias;

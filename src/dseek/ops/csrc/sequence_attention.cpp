@@ -1,32 +1,21 @@
 #include "sequence_attention.h"
 
 #include <algorithm>
-#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
 
-#include "common/numbers.h"
 #include "common/thread_pool.h"
 
 namespace dseek {
 namespace {
 
 void widen_row(const float* source, int count, float* out) { std::copy(source, source + count, out); }
-void widen_row(const uint16_t* source, int count, float* out) {
-    for (int i = 0; i < count; ++i) out[i] = bf16_to_float(source[i]);
-}
+void widen_row(const uint16_t* source, int count, float* out) { kernels().widen(source, count, out); }
 
 void narrow_row(const float* source, int count, float* out) { std::copy(source, source + count, out); }
-// Rounds to nearest even without a branch, so that the compiler can take several at once; a NaN stays a NaN.
-void narrow_row(const float* source, int count, uint16_t* out) {
-    for (int i = 0; i < count; ++i) {
-        const uint32_t bits = std::bit_cast<uint32_t>(source[i]);
-        const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, kept = (bits >> 16) | 0x40u;
-        out[i] = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? kept : rounded);
-    }
-}
+void narrow_row(const float* source, int count, uint16_t* out) { kernels().narrow(source, count, out); }
 
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
@@ -82,11 +71,17 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
 
     const auto fill_page = [&](int g, int block, Room& room) {
         const size_t start = start_of(g, block);
+        uint8_t* page = cache_data + layout.offset(block, 0, g);
+        if constexpr (kType == CacheType::bf16) {
+            if (rows_of(block) == kPageTokens) {
+                table.store_page(layout, page, k + start, v + start);
+                return;
+            }
+        }
         const int count = rows_of(block) * d;
         float *keys = room.rows.data(), *values = keys + block_floats;
         widen_row(k + start, count, keys);
         widen_row(v + start, count, values);
-        uint8_t* page = cache_data + layout.offset(block, 0, g);
         // What an earlier call left in slots that stay empty must not be infinite when it is multiplied by 0.
         if (rows_of(block) < kPageTokens) std::memset(page, 0, layout.head_bytes);
         table.store_tokens(layout, page, 0, rows_of(block), keys, values, static_cast<size_t>(d));
@@ -177,8 +172,13 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
             for (int task = team.claim(slot); task < count; task = team.claim(slot)) body(task);
             team.barrier();
         };
-        share_out(groups * blocks, [&](int task) { fill_page(task % groups, task / groups, room); });
-        for (int level = 0; pattern.active() && level <= pyramid.top(); ++level) {
+        share_out(groups * blocks, [&](int task) {
+            const int g = task / blocks, block = task % blocks;
+            fill_page(g, block, room);
+            // While the page is near, and where a later block can see it.
+            if (pattern.active() && block < blocks - 1) pyramid.seal(head_view(g), block, 0, {});
+        });
+        for (int level = 1; pattern.active() && level <= pyramid.top(); ++level) {
             const int cells = (blocks - 1) / cell_blocks(level);  // complete ones that a later block can see
             const double started = now_s();
             share_out(groups * cells, [&](int task) {
@@ -186,9 +186,8 @@ void sequence_attention(const SequenceShape& shape, const Value* q, const Value*
             });
             room.times.pyramid_s += now_s() - started;
         }
-        share_out(groups * blocks, [&](int task) {  // the longest rows first
-            attend(task % groups, blocks - 1 - task / groups, room);
-        });
+        // Head by head, so that its keys and values are near; the longest rows first.
+        share_out(groups * blocks, [&](int task) { attend(task / blocks, blocks - 1 - task % blocks, room); });
     });
     if (cache.size() > kMostKept) cache = Pages();
     if (trace == nullptr) return;

@@ -3,6 +3,7 @@
 #include "../avx512/cache.h"
 #include "../avx512/rows.h"
 #include "../common/cells_portable.h"
+#include "../common/narrow.h"
 #include "../common/pack.h"
 #include "attention.h"
 #include "linear.h"
@@ -20,6 +21,9 @@ const KernelTable& amx_kernels() {
         .row_kind = row_kind_portable,
         .linear = linear_amx,
         .store_tokens = store_tokens_512,
+        .store_page = store_page_512,
+        .widen = widen,
+        .narrow = narrow,
         .attention = attention_amx,
         .page_means = page_means,
         .page_statistics = page_statistics,

@@ -87,5 +87,35 @@ inline void store_tokens_512(const CacheLayout& layout, uint8_t* page, int slot,
         store_token(layout, page, slot + token, key + token * stride, value + token * stride);
 }
 
+inline void store_page_512(const CacheLayout& layout, uint8_t* page, const uint16_t* key, const uint16_t* value) {
+    const int d = layout.head_dim;
+    auto* keys = reinterpret_cast<uint16_t*>(page);
+    auto* values = reinterpret_cast<uint16_t*>(page + layout.value_offset);
+    for (int slot = 0; slot < kPageTokens; slot += 16) {
+        for (int i = 0; i < d; i += 32) {
+            const bool full = i + 32 <= d;
+            const __mmask32 inside = full ? 0xffffffffu : 0xffffu;
+            __m512i pairs[16];
+            for (int token = 0; token < 16; ++token) {
+                pairs[token] = _mm512_maskz_loadu_epi16(inside, key + (slot + token) * d + i);
+            }
+            transpose16(pairs);
+            for (int pair = 0; pair < (full ? 16 : 8); ++pair) {
+                _mm512_storeu_si512(keys + (static_cast<size_t>(i / 2 + pair) * kPageTokens + slot) * 2, pairs[pair]);
+            }
+        }
+    }
+    for (int slot = 0; slot < kPageTokens; slot += 2) {
+        const auto load = [&](int token, int i) {
+            return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(value + token * d + i)));
+        };
+        uint16_t* target = values + static_cast<size_t>(slot) * d;
+        for (int i = 0; i < d; i += 16) {
+            _mm512_storeu_si512(target + i * 2,
+                                _mm512_or_si512(load(slot, i), _mm512_slli_epi32(load(slot + 1, i), 16)));
+        }
+    }
+}
+
 }  // namespace DSEEK_VARIANT
 }  // namespace dseek

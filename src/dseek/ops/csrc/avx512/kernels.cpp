@@ -1,6 +1,7 @@
 // AVX-512 with VNNI and BF16 (Zen 4 and later, Cooper Lake, Sapphire Rapids and later).
 #define DSEEK_VARIANT avx512
 #include "../common/cells_portable.h"
+#include "../common/narrow.h"
 #include "../common/pack.h"
 #include "attention.h"
 #include "cache.h"
@@ -20,6 +21,9 @@ const KernelTable& avx512_kernels() {
         .row_kind = row_kind_portable,
         .linear = linear_avx512,
         .store_tokens = store_tokens_512,
+        .store_page = store_page_512,
+        .widen = widen,
+        .narrow = narrow,
         .attention = attention_avx512,
         .page_means = page_means,
         .page_statistics = page_statistics,

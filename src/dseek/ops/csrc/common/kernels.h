@@ -150,6 +150,10 @@ struct KernelTable {
     // Writes `count` tokens into slots [slot, slot + count) of one head's page; token t's key is at key + t * stride.
     void (*store_tokens)(const CacheLayout& layout, uint8_t* page, int slot, int count, const float* key,
                          const float* value, size_t stride);
+    // Lays out a whole page of one head, from keys and values [64][d] that are bf16 as the page's are.
+    void (*store_page)(const CacheLayout& layout, uint8_t* page, const uint16_t* key, const uint16_t* value);
+    void (*widen)(const uint16_t* source, int count, float* out);
+    void (*narrow)(const float* source, int count, uint16_t* out);
     void (*attention)(const AttentionCall& call);
     // Means over all tokens of one head's page, [head_dim] each.
     void (*page_means)(const CacheLayout& layout, const uint8_t* page, float* key, float* value);

@@ -3,6 +3,7 @@
 #include "../common/attention_portable.h"
 #include "../common/cells_portable.h"
 #include "../common/linear_portable.h"
+#include "../common/narrow.h"
 #include "../common/open_cells.h"
 #include "../common/pack.h"
 #include "../common/rows.h"
@@ -19,6 +20,9 @@ const KernelTable& generic_kernels() {
         .row_kind = row_kind_portable,
         .linear = linear_portable,
         .store_tokens = store_tokens,
+        .store_page = store_page,
+        .widen = widen,
+        .narrow = narrow,
         .attention = attention_portable,
         .page_means = page_means,
         .page_statistics = page_statistics,
