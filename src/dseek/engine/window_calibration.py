@@ -23,6 +23,7 @@ from dseek.models.gate_file import fingerprint
 if TYPE_CHECKING:
     from dseek.core.shape import ModelShape
     from dseek.models.files import ModelFiles
+    from dseek.models.window_choice import WindowChoice
 
 VERSION = 1
 """Version of the kept JSON."""
@@ -111,11 +112,12 @@ def _read(path: Path, model: str, shape: ModelShape) -> tuple[tuple[int, ...], .
     return ()
 
 
-def measure_windows(files: ModelFiles) -> tuple[tuple[int, ...], ...]:
+def measure_windows(files: ModelFiles, choice: WindowChoice | None = None) -> tuple[tuple[int, ...], ...]:
     """Run the model over the text and choose the windows, whatever is kept.
 
     Args:
         files: the opened model.
+        choice: what windows have to hold, and their mean; None is the default.
 
     Returns:
         As `head_windows`.
@@ -151,7 +153,7 @@ def measure_windows(files: ModelFiles) -> tuple[tuple[int, ...], ...]:
     # 3. The windows, under one mean for all layers that may have them.
     chosen = {}
     if free:
-        found = choose_windows(torch.stack(held), shape.num_kv_heads, windows, WindowChoice())
+        found = choose_windows(torch.stack(held), shape.num_kv_heads, windows, choice or WindowChoice())
         chosen = dict(zip(free, found, strict=True))
     shortest = [WINDOWS[0]] * shape.num_kv_heads
     return tuple(tuple(chosen.get(layer, shortest)) for layer in range(shape.num_layers))

@@ -138,8 +138,8 @@ def _wholes(
 ) -> dict[tuple[str, bool], float]:
     """The loss with each kind of pattern in all layers, with its margin.
 
-    Patterns of a kind are judged together, by what they leave out in the mean: a head whose window is short because it
-    looks no farther loses less than the figures, which are those of one window for all heads.
+    Patterns of a kind are judged together, by what they leave out in the mean. Windows by head so lose what one window
+    of their mean loses, which is what was measured (`benchmarks.experiments.head_windows`).
     """
     first = int(context_tokens * FIRST_SHARE)
     shares: dict[tuple[str, bool], list[float]] = {}
