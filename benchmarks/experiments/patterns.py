@@ -2,7 +2,8 @@
 
 Runs SmolLM2 through the engine, bf16 weights and cache, over texts of 8,192 tokens: windows, then selected blocks with
 and without far cells, in all layers; then two patterns in a few layers at a time. Each is compared with dense
-attention, text by text, on the positions from 2,192 on. The figures of `dseek.plan.attention_loss` come from here.
+attention, text by text, on the positions from 2,192 on. The figures of `dseek.plan.attention_loss` come from here;
+those of selection by rows from `benchmarks.experiments.row_patterns`.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import argparse
 import dataclasses
 import math
 import sysconfig
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.peers.attention_pairs import WatchedRunner
 from benchmarks.text import MODULES
 from dseek import load, plan
 from dseek.core.attention_pattern import DENSE, AttentionPattern
 from dseek.engine.evaluate import score
+from dseek.engine.native_runner import NativeRunner
 from dseek.models.files import open_model
 from dseek.models.tokenizer import Tokenizer
 from dseek.plan.attention_loss import attention_loss
@@ -44,9 +47,12 @@ class Losses:
     Args:
         model: its name.
         num_texts: texts of `TOKENS` tokens.
+        read: makes so many texts with a tokenizer.
     """
 
-    def __init__(self, model: str, num_texts: int) -> None:
+    def __init__(
+        self, model: str, num_texts: int, read: Callable[[Tokenizer, int], list[list[int]]] | None = None
+    ) -> None:
         self.model = model
         with open_model(model) as files:
             objective = plan.Objective(context_tokens=TOKENS, batch=1)
@@ -59,8 +65,7 @@ class Losses:
                 cache_dtype="bf16",
                 attention=AttentionWish(kind="dense"),
             )
-            parts = _modules(files.tokenizer(), 2 * num_texts)
-        self.texts = [one + other for one, other in zip(parts[::2], parts[1::2], strict=True)]
+            self.texts = (read or two_modules_each)(files.tokenizer(), num_texts)
         self.base, self.accuracy = self._run(self.plan)
 
     @property
@@ -68,15 +73,20 @@ class Losses:
         """Layers of the model."""
         return self.plan.shape.num_layers
 
-    def _run(self, tried: Plan) -> tuple[np.ndarray, float]:
+    def _run(self, tried: Plan, look: Callable[[WatchedRunner], None] | None = None) -> tuple[np.ndarray, float]:
         """Mean negative log likelihood in nats of each text, and the share of likeliest tokens over all."""
         losses, right = [], []
         with load(self.model, plan=tried) as llm:
+            runner = llm.engine.runner
+            assert isinstance(runner, NativeRunner), "patterns run on the native kernels alone"
+            watched = llm.engine.runner = WatchedRunner(runner)
             for text in self.texts:
                 log_likelihoods, is_right = score(llm, text)
                 # Entry t is the prediction that position t makes.
                 losses.append(-log_likelihoods[FIRST:].mean())
                 right.append(is_right[FIRST:].mean())
+                if look is not None:
+                    look(watched)
         return np.array(losses), float(np.mean(right))
 
     def of(self, pattern: AttentionPattern, layers: Collection[int]) -> tuple[float, float, float]:
@@ -92,16 +102,19 @@ class Losses:
         """
         return self.of_all(tuple(pattern if layer in layers else DENSE for layer in range(self.num_layers)))
 
-    def of_all(self, patterns: tuple[AttentionPattern, ...]) -> tuple[float, float, float]:
+    def of_all(
+        self, patterns: tuple[AttentionPattern, ...], look: Callable[[WatchedRunner], None] | None = None
+    ) -> tuple[float, float, float]:
         """Measure patterns.
 
         Args:
             patterns: layer by layer.
+            look: called after each text with the runner that still has what was selected.
 
         Returns:
             As `of`.
         """
-        losses, accuracy = self._run(dataclasses.replace(self.plan, attention_patterns=patterns))
+        losses, accuracy = self._run(dataclasses.replace(self.plan, attention_patterns=patterns), look)
         rises = losses - self.base
         error = float(rises.std(ddof=1) / math.sqrt(len(rises))) if len(rises) > 1 else math.nan
         return float(rises.mean()), error, accuracy
@@ -109,6 +122,17 @@ class Losses:
     def skipped(self, pattern: AttentionPattern) -> float:
         """Share of the pairs of a counted position and one before it that a layer does not look at."""
         return skipped_share(pattern, TOKENS, self.plan.shape.num_kv_heads, first_token=FIRST)
+
+
+def two_modules_each(tokenizer: Tokenizer, num_texts: int) -> list[list[int]]:
+    """Make texts of two modules each.
+
+    Args:
+        tokenizer: the model's.
+        num_texts: how many.
+    """
+    parts = _modules(tokenizer, 2 * num_texts)
+    return [one + other for one, other in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def _modules(tokenizer: Tokenizer, count: int) -> list[list[int]]:

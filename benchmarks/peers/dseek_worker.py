@@ -155,17 +155,15 @@ class DseekWorker(Worker):
         """
         from benchmarks.peers.attention_pairs import WatchedRunner
         from dseek.engine.native_runner import NativeRunner
-        from dseek.models.gate_file import find_gates
         from dseek.plan.attention_wish import patterns_text
 
         runner, patterns = self.llm.engine.runner, self.llm.plan.attention_patterns
         if not isinstance(runner, NativeRunner):
             raise NotImplementedError("selections can be looked at with the native kernels alone")
         self.llm.engine.runner = WatchedRunner(runner)
-        dynamic = any(pattern.kind == "dynamic" for pattern in patterns)
         return {
             "attention": patterns_text(patterns),
-            "gate": dynamic and find_gates(self.llm.files) is not None,
+            "gate": any(pattern.gate for pattern in patterns),
         }
 
     def skipped(self, firsts: list[int]) -> Answer:

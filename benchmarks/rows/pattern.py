@@ -16,8 +16,11 @@ TOP_BLOCKS = 9
 FIELDS: dict[str, Any] = {"window_tokens": WINDOW_TOKENS, "top_blocks": TOP_BLOCKS}
 """The pattern as arguments of the workers' operations, which build an `AttentionPattern` without far cells of it."""
 
-MODEL_PATTERN = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=64, min_share=0.03)
+MODEL_PATTERN = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=64, min_share=0.03, gate=True)
 """What a whole model attends to: every query selects for itself, by the model's gate."""
+
+DENSE_SHARE = 5 / 90
+"""Of the key-value heads of the rows' model, SmolLM2: those that see everything all the same, by its gate."""
 
 LOAD_OPTIONS: dict[str, Any] = {
     "attention": "dynamic",
@@ -29,12 +32,13 @@ LOAD_OPTIONS: dict[str, Any] = {
 
 
 def visible_tokens(context_tokens: float) -> float:
-    """Tokens that one query of a model is expected to see: the first block, the window, what is opened and its own.
+    """Tokens that one query of a model is expected to see, in the mean over its heads.
 
     Args:
         context_tokens: tokens so far.
     """
-    return min(context_tokens, MODEL_PATTERN.visible_tokens(int(context_tokens), 1))
+    seen = min(context_tokens, MODEL_PATTERN.visible_tokens(int(context_tokens), 1))
+    return DENSE_SHARE * context_tokens + (1 - DENSE_SHARE) * seen
 
 
 def prefill_pairs(num_tokens: int) -> float:
@@ -43,4 +47,5 @@ def prefill_pairs(num_tokens: int) -> float:
     Args:
         num_tokens: tokens of the prompt.
     """
-    return num_tokens * seen_tokens(MODEL_PATTERN, 0, num_tokens, 1)
+    seen = seen_tokens(MODEL_PATTERN, 0, num_tokens, 1)
+    return num_tokens * (DENSE_SHARE * (num_tokens + 1) / 2 + (1 - DENSE_SHARE) * seen)

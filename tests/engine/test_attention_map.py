@@ -88,6 +88,15 @@ def test_kept_mass_and_pairs_are_those_of_the_choices(pattern: AttentionPattern,
     assert not shares[:, HIDDEN].any()
 
 
+def test_a_head_that_stays_dense_keeps_everything() -> None:
+    pattern = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=4, min_share=0.2, dense_heads=(1,))
+    drawn = draw()
+    first, second = (map_head(drawn, pattern, layer=0, head=head) for head in (0, 3))
+    assert first.skipped > 0.3 and first.kept < 0.95
+    assert (second.pairs, second.kept) == (second.dense_pairs, pytest.approx(1.0, abs=1e-5))
+    assert set(np.unique(second.place)) == {HIDDEN, NEAR}
+
+
 def test_places_of_one_query_block() -> None:
     pattern = AttentionPattern(kind="dynamic", window_tokens=(128,), top_blocks=1, far=True)
     drawn = draw()

@@ -92,7 +92,7 @@ def test_the_layers_that_lose_most_stay_dense() -> None:
     sparse = [layer for layer, pattern in enumerate(plan.attention_patterns) if pattern != DENSE]
     assert 0 < len(sparse) < LONG.num_layers
     pattern = plan.attention_patterns[sparse[0]]
-    losses = layer_losses(LONG, pattern, plan.context_tokens)
+    losses = layer_losses(LONG, [pattern] * LONG.num_layers, plan.context_tokens)
     dense = [loss for layer, loss in enumerate(losses) if layer not in sparse]
     assert max(losses[layer] for layer in sparse) <= min(dense) + 1e-12
     # One more would be too much.
@@ -142,6 +142,8 @@ def test_wishes_are_granted_whatever_they_lose() -> None:
         ({"kind": "window", "top_blocks": 4}, "about selected blocks"),
         ({"kind": "dense", "far": False}, "about selected blocks"),
         ({"window_tokens": 100}, "one of 64, 128"),
+        ({"window_tokens": "automatic"}, "auto, or 64, 128"),
+        ({"kind": "dense", "window_tokens": "auto"}, "dense attention with a wish about the window"),
         ({"top_blocks": 10**6}, "1 to 4096"),
         ({"top_blocks": 0}, "1 to 4096"),
     ],
@@ -167,13 +169,13 @@ def test_torch_kernels_are_dense() -> None:
 def test_a_plan_is_checked_against_wishes() -> None:
     mixed = (DENSE, DYNAMIC)
     for wish in ({}, {"kind": "auto"}, {"kind": "dynamic"}, {"top_blocks": 8}, {"top_blocks": 8, "window_tokens": 256}):
-        AttentionWish(**wish).check_against(mixed)  # type: ignore[arg-type]
+        AttentionWish(**wish).check_against(mixed, 3)  # type: ignore[arg-type]
     for wish in ({"kind": "dense"}, {"kind": "window"}, {"top_blocks": 9}, {"far": True}, {"window_tokens": 256}):
         with pytest.raises(ConfigError, match="contradicts the plan, which says"):
-            AttentionWish(**wish).check_against(mixed)  # type: ignore[arg-type]
-    AttentionWish(kind="dense").check_against((DENSE, DENSE))
+            AttentionWish(**wish).check_against(mixed, 3)  # type: ignore[arg-type]
+    AttentionWish(kind="dense").check_against((DENSE, DENSE), 3)
     with pytest.raises(ConfigError, match="says dense"):
-        AttentionWish(kind="window").check_against((DENSE, DENSE))
+        AttentionWish(kind="window").check_against((DENSE, DENSE), 3)
 
 
 def test_memory_of_the_pyramid_by_hand() -> None:
@@ -181,12 +183,14 @@ def test_memory_of_the_pyramid_by_hand() -> None:
     jobs = {"prompt_tokens": 4096, "context_tokens": 4096, "batch": 1}
     dense = cost.predict(SMALL, machine(), layout, **jobs).cache_bytes
     rows = dataclasses.replace(DYNAMIC, top_blocks=15, min_share=0.02)
+    gated = dataclasses.replace(rows, gate=True, dense_heads=(1,))
     gate = (4 * 64 + 32) * 4  # statistics of 64 elements, the mean once more, and a key of the gate
     for pattern, beside, strips in (
         (WINDOW, 64, 0),
         (DYNAMIC, 64, 0),
         (dataclasses.replace(DYNAMIC, top_blocks=16), 128, 0),
-        (rows, 64 + gate, 4 * 16 * 4),  # four strips of a block, of one level
+        (rows, 64, 4 * 16 * 4),  # four strips of a block, of one level
+        (gated, 64 + gate, 4 * 16 * 4),
     ):
         some = dataclasses.replace(layout, attention_patterns=(pattern, *layout.attention_patterns[1:]))
         # 128 pages, 30 layers, 3 heads, 3 levels; mean key and value of 64 floats.

@@ -12,7 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from dseek.cli.main import main
+from dseek.core import config
+from dseek.core.attention_pattern import DENSE
 from dseek.hardware.machine import Machine
+from dseek.models import gate_file
 from dseek.plan import load
 from tests.plan.machines import SMALL, machine
 
@@ -27,6 +30,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     model = SimpleNamespace(shape=SMALL, encodings=lambda: {"Q8_0": SMALL.num_parameters()}, close=lambda: None)
     monkeypatch.setattr(files, "open_model", lambda name: model)
+    monkeypatch.setattr(gate_file, "find_gates", lambda files: None)
     monkeypatch.setattr(measuring, "load_or_measure", lambda **_: machine(with_torch=True))
 
 
@@ -67,31 +71,58 @@ def test_attention_in_the_table_and_in_the_plan(
     for expected in (
         "attention: dense",
         "window 512",
-        "window 256 and shares from 0.02, up to 64 blocks",
+        "window 64 and shares from 0.02, up to 64 blocks",
         "0 % accepted",
     ):
         assert expected in text
     for options, expected in (
+        (["--attention", "dense"], {"kind": "dense"}),
+        (["--attention-window", "64"], {"kind": "window", "window_tokens": [64]}),
         (
-            ["--attention", "dense"],
-            {"kind": "dense", "window_tokens": [], "top_blocks": 0, "far": False, "min_share": 0.0},
-        ),
-        (
-            ["--attention-window", "64"],
-            {"kind": "window", "window_tokens": [64], "top_blocks": 0, "far": False, "min_share": 0.0},
-        ),
-        (
-            ["--attention", "dynamic", "--attention-window", "auto", "--attention-top-blocks", "7", "--attention-far"],
-            {"kind": "dynamic", "window_tokens": [256], "top_blocks": 7, "far": True, "min_share": 0.0},
+            ["--attention", "dynamic", "--attention-top-blocks", "7", "--attention-far"],
+            {"kind": "dynamic", "window_tokens": [256], "top_blocks": 7, "far": True},
         ),
         (
             ["--attention-min-share", "0.03", "--attention-top-blocks", "24"],
-            {"kind": "dynamic", "window_tokens": [256], "top_blocks": 24, "far": False, "min_share": 0.03},
+            {"kind": "dynamic", "window_tokens": [64], "top_blocks": 24, "min_share": 0.03},
         ),
     ):
         assert main(["plan", "m", "--json", *options]) == 0
         patterns = json.loads(capsys.readouterr().out)["attention_patterns"]
-        assert patterns == [expected] * SMALL.num_layers
+        assert patterns == [config.to_plain(DENSE) | expected] * SMALL.num_layers
+
+
+class FakeGates:
+    """What the planner asks a gate file."""
+
+    dense_heads = ((0, 2), *((),) * 28, (1,))
+    windows = ((64, 128, 4096), *((256, 256, 256),) * 29)
+
+
+def test_what_a_gate_knows_is_in_the_plan(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(gate_file, "find_gates", lambda files: FakeGates)
+    assert main(["plan", "m", "--attention", "dynamic", "--attention-min-share", "0.02"]) == 0
+    told = "3 of 90 key-value heads stay dense (retrieval heads found by training)"
+    words = " ".join(capsys.readouterr().out.split())
+    assert words.count(told) == 2  # in the table and beside the choice
+    assert main(["plan", "m", "--attention", "dynamic", "--attention-top-blocks", "9"]) == 0
+    assert "stay dense" not in capsys.readouterr().out
+    path = tmp_path / "p.json"
+    options = ["--attention", "dynamic", "--attention-window", "auto"]
+    assert main(["plan", "m", "--save", str(path), *options]) == 0
+    mean = (64 + 128 + 4096 + 29 * 3 * 256) / 90
+    assert f"windows 64 to 4096 ({mean:.0f} in the mean) and shares from" in capsys.readouterr().out
+    patterns = load(path).attention_patterns
+    assert tuple(pattern.window_tokens for pattern in patterns) == FakeGates.windows
+    assert tuple(pattern.dense_heads for pattern in patterns) == FakeGates.dense_heads
+    assert all(pattern.gate and pattern.min_share for pattern in patterns)
+    assert main(["plan", "m", "--attention-window", "auto", "--json"]) == 0
+    patterns = json.loads(capsys.readouterr().out)["attention_patterns"]
+    assert [pattern["window_tokens"] for pattern in patterns] == [list(layer) for layer in FakeGates.windows]
+    assert {(pattern["kind"], pattern["gate"]) for pattern in patterns} == {("window", False)}
 
 
 def test_plan_warns_of_a_disturbed_measurement(

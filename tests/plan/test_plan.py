@@ -57,7 +57,7 @@ def changed(plan: Plan, path: tuple[str | int, ...], value: Any) -> str:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("version",), 1, "version 2"),
+        (("version",), 1, "version 3"),
         (("precision",), "int7", "one of fp32"),
         (("kernels",), "cuda", "native, torch"),
         (("layer_formats", 3, "down"), "i2", r"layer_formats\[3\].down"),

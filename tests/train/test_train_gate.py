@@ -16,14 +16,14 @@ from safetensors.torch import save_file
 
 from dseek import plan as planning
 from dseek.cli.main import main
-from dseek.core.attention_pattern import AttentionPattern
+from dseek.core.attention_pattern import WINDOWS, AttentionPattern
 from dseek.core.errors import ConfigError, FileFormatError
 from dseek.engine.llm import load
 from dseek.models.decoder import Decoder
 from dseek.models.files import open_model
 from dseek.models.gate_file import FILE_NAME, find_gates, read_gates
 from dseek.plan.plan import Plan
-from dseek.train.gate_training import GateTraining, make_samples, new_gates, train_gates
+from dseek.train.gate_training import GateTraining, make_samples, new_gates, read_samples, train_gates
 from tests.models import tiny
 from tests.plan.machines import machine
 
@@ -85,6 +85,14 @@ def test_damaged_files_are_refused(folder: Path, gate: Path, tmp_path: Path) -> 
     refused(tensors | {"layers.0.query": tensors["layers.0.query"][:, :-1].contiguous()}, metadata, "has the shape")
     refused(tensors | {"layers.0.dense": tensors["layers.0.scale"].clone()}, metadata, "has the shape")
     refused(tensors | {"layers.0.key": tensors["layers.0.key"] * float("inf")}, metadata, "not finite")
+    window = tensors["layers.0.window"].float()  # bfloat16 has no 257
+    for bad in (window * 0, window + 1, -window, window * 4096, window * float("nan"), window[:1].clone()):
+        refused(tensors | {"layers.0.window": bad}, metadata, "windows, each one of 64, 128|not finite")
+    some = {name: value for name, value in tensors.items() if name != "layers.0.window"}
+    refused(some, metadata, "windows for some layers only")
+    none = {name: value for name, value in some.items() if not name.endswith(".window")}
+    save_file(none, tmp_path / "none.safetensors", metadata)
+    assert read_gates(tmp_path / "none.safetensors", shape).windows == ()
     refused(tensors, metadata | {"theta": "nan"}, "theta 'nan'")
     refused(tensors, metadata | {"format": "other"}, "format 'other'")
     data = gate.read_bytes()
@@ -98,14 +106,73 @@ def test_the_engine_follows_the_gate_beside_the_model(folder: Path, gate: Path, 
     shutil.copytree(folder, tmp_path / "gated")
     shutil.copy(gate, tmp_path / "gated" / FILE_NAME)
     ids = [3 + 7 * index % 350 for index in range(1200)]
-    few = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=8, min_share=0.08)
-    plain, gated = (_logits(path, _plan(path, few), ids) for path in (folder, tmp_path / "gated"))
-    assert not np.allclose(plain[-1], gated[-1], atol=1e-4), "the gate chooses like the mean keys"
+    plain_few = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=8, min_share=0.08)
+    few = dataclasses.replace(plain_few, gate=True)
+    gated = _logits(tmp_path / "gated", _plan(folder, few), ids)
+    for path in (folder, tmp_path / "gated"):
+        # The plan decides, not the file that lies there.
+        plain = _logits(path, _plan(folder, plain_few), ids)
+        assert not np.allclose(plain[-1], gated[-1], atol=1e-4), "the gate chooses like the mean keys"
+    with pytest.raises(ConfigError, match="follows a trained gate"):
+        _logits(folder, _plan(folder, few), ids)
     stepwise = _logits(tmp_path / "gated", dataclasses.replace(_plan(folder, few), prefill_chunk_tokens=37), ids)
     np.testing.assert_allclose(stepwise, gated, atol=1e-4)
-    all_blocks = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=32, min_share=1e-12)
+    all_blocks = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=32, min_share=1e-12, gate=True)
     dense = _logits(folder, _plan(folder, AttentionPattern()), ids)
     assert np.array_equal(_logits(tmp_path / "gated", _plan(folder, all_blocks), ids), dense)
+
+
+@pytest.mark.native
+def test_heads_that_stay_dense_are_the_plans(folder: Path) -> None:
+    ids = [3 + 7 * index % 350 for index in range(1200)]
+    few = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=1, min_share=0.5)
+    dense = _logits(folder, _plan(folder, AttentionPattern()), ids)
+    everything = dataclasses.replace(few, dense_heads=(0, 1))
+    assert np.array_equal(_logits(folder, _plan(folder, everything), ids), dense)
+    half, none = (
+        _logits(folder, _plan(folder, dataclasses.replace(few, dense_heads=heads)), ids) for heads in ((1,), ())
+    )
+    assert not np.allclose(half, dense, atol=1e-2) and not np.allclose(half, none, atol=1e-2)
+
+
+def test_windows_are_those_of_the_samples(folder: Path, gate: Path) -> None:
+    """The file's windows against the definition, row by row: 90 % of what the longest holds, for each query head."""
+    with open_model(str(folder)) as files:
+        shape = files.shape
+        windows = read_gates(gate, shape).windows
+    samples = [read_samples(file, shape.num_layers) for file in sorted((gate.parent / "samples").iterdir())]
+    assert len(samples) == 2
+    sizes = [window for window in WINDOWS if window <= 512]  # of 1,280 tokens too few rows have 1,024 before them
+    for layer in range(shape.num_layers):
+        for group in range(shape.num_kv_heads):
+            enough = []
+            for window in sizes:
+                needed = []
+                for head in (2 * group, 2 * group + 1):
+                    held, most = (
+                        sum(
+                            float(sample[layer].mass[place, head, blocks].double().sum())
+                            for sample in samples
+                            for place, row in enumerate(sample[layer].rows.tolist())
+                            if row // 64 >= 8
+                            for blocks in [sorted({0, *range(row // 64 - span // 64, row // 64 + 1)})]
+                        )
+                        for span in (window, 512)
+                    )
+                    needed.append(held >= 0.9 * most)
+                enough.append(all(needed))
+            assert windows[layer][group] == sizes[enough.index(True)]
+
+
+def test_the_mean_of_the_windows_is_kept(folder: Path, gate: Path, tmp_path: Path) -> None:
+    shutil.copytree(gate.parent, tmp_path / "out")
+    options = ["--tokens", "1280", "--samples", "2", "--passes", "2", "--gate-dim", "16", "--mean-window", "128"]
+    assert main(["train-gate", str(folder), "--text", SOURCE, "--out", str(tmp_path / "out"), *options]) == 0
+    with open_model(str(folder)) as files:
+        before, after = (read_gates(path, files.shape).windows for path in (gate, tmp_path / "out" / FILE_NAME))
+    both = [(old, new) for olds, news in zip(before, after, strict=True) for old, new in zip(olds, news, strict=True)]
+    assert sum(new for _, new in both) <= 128 * len(both) < sum(old for old, _ in both)
+    assert all(new <= old for old, new in both)
 
 
 def test_training_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path) -> None:
@@ -166,6 +233,8 @@ def test_bad_options_end_with_status_2(folder: Path, tmp_path: Path, capsys: pyt
     assert main([*command, "--text", SOURCE, "--tokens", "100"]) == 2
     assert main([*command, "--text", SOURCE, "--gate-dim", "20"]) == 2
     assert "multiple of 16" in capsys.readouterr().err
+    assert main([*command, "--text", SOURCE, "--mean-window", "5000"]) == 2
+    assert "needed: 64 to 4096 tokens" in capsys.readouterr().err
 
 
 def _tensors(path: Path) -> list[tuple[str, torch.Tensor]]:

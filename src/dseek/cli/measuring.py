@@ -1,10 +1,13 @@
-"""Gets this machine's measurements for a command, showing on stderr how far a measurement is."""
+"""Shows on stderr how far a measurement is, of this machine or of a model's heads, that a command needs."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from dseek.core import events
 from dseek.hardware.machine import Machine
 from dseek.hardware.store import load_or_measure
 
@@ -24,17 +27,36 @@ def measured_machine(*, refresh: bool = False) -> Machine:
     Raises:
         ConfigError: a `DSEEK_*` variable is bad, or nothing can be measured here.
     """
-    bar = _Bar()
+    bar = _Bar("measuring this machine (once)")
     try:
         return load_or_measure(refresh=refresh, progress=bar.tell)
     finally:
         bar.close()
 
 
-class _Bar:
-    """A progress bar that appears with the first thing it is told; rich is imported only then."""
+@contextmanager
+def shown_calibration() -> Iterator[None]:
+    """Show a bar while the windows of a model's heads are measured, if they are (`dseek.engine.window_calibration`)."""
+    bar = _Bar("measuring the windows of the model's heads (once)")
+    unsubscribe = events.subscribe(
+        "calibration.layer", lambda layer, num_layers: bar.tell(layer / num_layers, f"layer {layer} of {num_layers}")
+    )
+    try:
+        yield
+    finally:
+        unsubscribe()
+        bar.close()
 
-    def __init__(self) -> None:
+
+class _Bar:
+    """A progress bar that appears with the first thing it is told; rich is imported only then.
+
+    Args:
+        title: what it says all the time.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._title = title
         self._shown: tuple[Progress, TaskID] | None = None
 
     def tell(self, share: float, what: str) -> None:
@@ -49,7 +71,7 @@ class _Bar:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
             progress = Progress(
-                TextColumn("measuring this machine (once)"),
+                TextColumn(self._title),
                 BarColumn(),
                 TextColumn("{task.description}"),
                 TimeElapsedColumn(),

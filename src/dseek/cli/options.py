@@ -143,7 +143,7 @@ def add_attention_options(parser: argparse._ActionsContainer) -> None:
         "--attention-window",
         choices=("auto", *map(str, WINDOWS)),
         metavar="N",
-        help="tokens of the window: auto, or 64, 128, ... 4096 (alone it means --attention window)",
+        help="tokens of the window: 64, 128, ... 4096, or auto, one a head (alone it means --attention window)",
     )
     parser.add_argument(
         "--attention-top-blocks",
@@ -176,7 +176,7 @@ def attention_from(args: argparse.Namespace) -> dict[str, Any]:
     window = args.attention_window
     return {
         "attention": args.attention,
-        "attention_window": None if window in (None, "auto") else int(window),
+        "attention_window": window if window in (None, "auto") else int(window),
         "attention_top_blocks": args.attention_top_blocks,
         "attention_far": args.attention_far,
         "attention_min_share": args.attention_min_share,
@@ -310,7 +310,7 @@ def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overr
     Raises:
         DseekError: the model, the plan or an option is unusable.
     """
-    from dseek.cli.measuring import measured_machine
+    from dseek.cli.measuring import measured_machine, shown_calibration
     from dseek.engine.llm import load
 
     options: dict[str, Any] = {
@@ -325,4 +325,5 @@ def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overr
     options.update(overrides)
     if options["plan"] is None:
         options["machine"] = measured_machine()
-    return load(args.model if files is None else files, **options)
+    with shown_calibration():
+        return load(args.model if files is None else files, **options)

@@ -76,7 +76,8 @@ def run(args: argparse.Namespace) -> int:
         DseekError: the model cannot be opened, a wish cannot be granted, the memory does not suffice, or the picture of
             attention cannot be drawn.
     """
-    from dseek.cli.measuring import measured_machine
+    from dseek.cli.measuring import measured_machine, shown_calibration
+    from dseek.engine.head_facts import head_facts
     from dseek.plan.attention_wish import AttentionWish
     from dseek.plan.objective import DEFAULT_QUALITY_LOSS, Objective
     from dseek.plan.plan import make
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
     files = open_from(args)
     try:
         shape, encodings = files.shape, files.encodings()
+        with shown_calibration():
+            heads = head_facts(files, wish)
     finally:
         files.close()
     machine = measured_machine()
@@ -115,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         num_threads=args.threads,
         attention=wish,
+        heads=heads,
     )
     if args.save:
         plan.save(args.save)
@@ -152,7 +156,7 @@ def _summary(plan: Plan, machine: Machine) -> Table:
     from rich.table import Table
 
     from dseek.hardware.store import BUSY
-    from dseek.plan.attention_wish import patterns_text
+    from dseek.plan.attention_wish import dense_heads_text, patterns_text
     from dseek.plan.explain import size_text
     from dseek.plan.weights import formats_text
 
@@ -166,12 +170,13 @@ def _summary(plan: Plan, machine: Machine) -> Table:
         f"{size_text(predicted.peak_bytes)}: weights {size_text(predicted.weights_bytes)}, cache "
         f"{size_text(predicted.cache_bytes)}, process and workspace {size_text(predicted.workspace_bytes)}"
     )
+    dense_heads = dense_heads_text(plan.attention_patterns, plan.shape.num_kv_heads)
     rows: tuple[tuple[str, str], ...] = (
         ("objective", plan.objective.kind),
         ("typical request", f"prompt of {prompt} tokens, answer of {answer}, in a context of {plan.context_tokens}"),
         ("weights", f"{plan.precision}, stored as {formats_text(plan.layer_formats)}; tables {plan.embedding_format}"),
         ("positions", f"at most {plan.shape.max_position_embeddings}, rotary embedding: {rope.kind}"),
-        ("attention", patterns_text(plan.attention_patterns)),
+        ("attention", "; ".join(filter(None, (patterns_text(plan.attention_patterns), dense_heads)))),
         ("cache", f"{plan.cache_dtype}, {plan.num_pages} pages of {plan.page_tokens} tokens"),
         ("sequences x context", f"{plan.max_batch} x {plan.context_tokens}"),
         ("kernels, threads, chunk", f"{plan.kernels}, {plan.num_threads}, {plan.prefill_chunk_tokens} tokens"),

@@ -68,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--gate-dim", type=positive_int, default=32, metavar="N", help="width of the gate (default: %(default)s)"
     )
+    group.add_argument(
+        "--mean-window",
+        type=positive_int,
+        default=512,
+        metavar="N",
+        help="most tokens of the heads' windows in the mean over all heads (default: %(default)s)",
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, rows and order (default: 0)")
     group.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: PyTorch's own choice)")
     group.add_argument("--tensorboard", action="store_true", help="write curves for TensorBoard into DIR/runs")
@@ -90,9 +97,12 @@ def run(args: argparse.Namespace) -> int:
     from dseek.models.files import open_model
     from dseek.models.gate_file import FILE_NAME, fingerprint
     from dseek.models.long_positions import extend_positions
+    from dseek.models.window_choice import WindowChoice
     from dseek.train import gate_training
+    from dseek.train.sample_windows import sample_windows
 
     config = gate_training.GateTraining(gate_dim=args.gate_dim, num_passes=args.passes, seed=args.seed)
+    window_choice = WindowChoice(mean_tokens=args.mean_window)
     if config.gate_dim % 16:
         raise ConfigError(f"the gate's width is {config.gate_dim}", needed="a multiple of 16")
     if args.threads is not None:
@@ -113,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
         gates = gate_training.new_gates(shape, config)
         gate_training.train_gates(gates, samples, folder / "state.safetensors", config, progress)
         dense = gate_training.dense_heads(gates, samples, config)
-        gate_training.save_gates(gates, dense, shape.rope.theta, fingerprint(files), folder / FILE_NAME)
+        windows = sample_windows(samples, shape, window_choice)
+        gate_training.save_gates(gates, dense, shape.rope.theta, fingerprint(files), folder / FILE_NAME, windows)
     print(folder / FILE_NAME)
     return 0
 

@@ -7,6 +7,7 @@ largest cells down, and may let the cells that stay closed count by their means.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,8 +33,15 @@ MAX_TOP_CELLS = 32
 
 MAX_TOP_BLOCKS = 4096
 
-OPENED_SHARES = 0.45
-"""Blocks that a strip of queries opens in the mean, times the least share that opens one."""
+OPENED_BLOCKS = {True: (0.29, -0.97), False: (1.46, -0.71)}
+"""Blocks that sixteen queries open in the mean, with a gate and without: a factor and the power of the least share.
+
+Beside the window and the first block, in heads that do not see everything. Measured on source code, 8,192 tokens, a
+window of 64, shares from 0.01 to 0.1 (`benchmarks.experiments.row_patterns`): within 16 % of what was opened there.
+"""
+
+EVERY_BLOCK = 2**20
+"""Window in blocks of a head that sees everything: more than any sequence has, and what the kernels take at most."""
 
 MAX_FLAT_BLOCKS = 256
 """Cells that a selection by rows may start from; one more and it starts a level higher."""
@@ -55,6 +63,10 @@ class AttentionPattern:
     """Where above 0, every query opens the cells that hold this share of some head's attention mass, and sixteen
     neighbouring queries up to `top_blocks` of them at each level; otherwise a block's first query opens the best
     `top_blocks` for all 64. Only for dynamic."""
+    gate: bool = False
+    """Whether the model's trained gate expects the shares, rather than the mean keys; only with a least share."""
+    dense_heads: tuple[int, ...] = ()
+    """Key-value heads that see everything all the same, rising; only with a least share."""
 
     def __post_init__(self) -> None:
         """Check the values against each other.
@@ -86,32 +98,46 @@ class AttentionPattern:
                 "a least share without a dynamic attention pattern, or with far cells",
                 remedy="take the pattern dynamic without far cells",
             )
+        if (self.gate or self.dense_heads) and not self.min_share:
+            raise ConfigError(
+                f"a {self.kind} attention pattern with a gate or dense heads, but without a least share",
+                remedy="take the pattern dynamic with a least share",
+            )
+        if list(self.dense_heads) != sorted({head for head in self.dense_heads if head >= 0}):
+            raise ConfigError(f"the dense heads {list(self.dense_heads)}", needed="indices from 0 on, rising")
 
     def near_blocks(self, num_kv_heads: int) -> tuple[int, ...]:
-        """Return every head's window in blocks.
+        """Return every head's window in blocks, `EVERY_BLOCK` for heads that see everything.
 
         Args:
             num_kv_heads: heads that need one.
 
         Raises:
-            ConfigError: the pattern has windows for another number of heads.
+            ConfigError: the pattern is for another number of heads.
         """
         windows = self.window_tokens * num_kv_heads if len(self.window_tokens) == 1 else self.window_tokens
         if len(windows) != num_kv_heads:
             raise ConfigError(
                 f"an attention pattern with {len(self.window_tokens)} windows", needed=f"1 or {num_kv_heads}"
             )
-        return tuple(window // BLOCK_TOKENS for window in windows)
+        if self.dense_heads and self.dense_heads[-1] >= num_kv_heads:
+            raise ConfigError(
+                f"an attention pattern with a dense head {self.dense_heads[-1]}", needed=f"fewer than {num_kv_heads}"
+            )
+        return tuple(
+            EVERY_BLOCK if head in self.dense_heads else window // BLOCK_TOKENS for head, window in enumerate(windows)
+        )
 
     @property
     def expected_blocks(self) -> float:
         """Blocks that are opened beside the window and the first one: all of `top_blocks`, or what a share lets expect.
 
-        By rows, a strip's queries together: measured on source code, 8,192 tokens (`benchmarks.experiments.patterns`).
+        By rows, a strip's queries together, in heads that do not see everything (`OPENED_BLOCKS`).
         """
         if not self.min_share:
             return float(self.top_blocks)
-        return min(float(self.top_blocks), OPENED_SHARES / self.min_share)
+        factor, power = OPENED_BLOCKS[self.gate]
+        return min(float(self.top_blocks), factor * math.pow(self.min_share, power))
 
     def visible_tokens(self, context_tokens: int, num_kv_heads: int) -> float:
         """Return how many exact tokens the newest query of a context sees, in the mean over heads.

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from dseek.core.attention_pattern import BLOCK_TOKENS, AttentionPattern, cell_blocks
+from dseek.engine.planned_gates import planned_gates
 from dseek.models.decoder import Decoder
-from dseek.models.gate_file import Gates, find_gates
+from dseek.models.gate_file import Gates
 from dseek.models.gate_scorer import GateRowScorer
 from dseek.models.projections import LayerProjections, layer_projections
 from dseek.ops.attention.reference import visible
@@ -132,11 +133,11 @@ def attention_maps(
         The maps, by layer.
 
     Raises:
+        ConfigError: a pattern follows a gate, and the model has none.
         FileFormatError: the gate beside the model is damaged or for another one.
     """
     assert len(token_ids) > 0 and all(0 <= layer < files.shape.num_layers for layer in layers)
-    dynamic = any(patterns[layer].kind == "dynamic" for layer in layers)
-    gates = find_gates(files) if dynamic else None
+    gates = planned_gates(files, [patterns[layer] for layer in layers])
     decoder = Decoder.from_files(files, torch.bfloat16).requires_grad_(False)
     maps = []
     for layer, projections in enumerate(layer_projections(decoder, torch.tensor(token_ids), context_tokens)):
@@ -160,11 +161,12 @@ def map_head(
         pattern: what the layer attends to.
         layer: its index.
         head: index of the query head.
-        gates: the model's gates, which a dynamic pattern follows where they are given.
+        gates: the model's gates, for a pattern that follows them.
 
     Returns:
         The map.
     """
+    assert gates is not None or not pattern.gate, "a pattern that follows a gate needs it"
     q_THd, k_TGd, window = projections.rotated_queries, projections.rotated_keys, projections.window
     num_tokens = len(q_THd)
     group = head * k_TGd.shape[1] // q_THd.shape[1]
@@ -172,19 +174,18 @@ def map_head(
     dense_pairs = _dense_pairs(num_tokens, window)
     pairs = dense_pairs
     attended_BB = None
+    near_blocks = 0 if pattern.kind == "dense" else pattern.near_blocks(k_TGd.shape[1])[group]
     if pattern.min_share:
-        near_blocks = _near_blocks(pattern, layer, group, k_TGd.shape[1], gates)
         attended_BB, pairs = _mark_rows(place_BB, projections, pattern, layer, group, near_blocks, gates)
     elif pattern.kind != "dense":
         selection = _selection(projections, pattern, group)
-        near_blocks = pattern.near_blocks(k_TGd.shape[1])[group]
         _mark(place_BB, selection, near_blocks)
         pairs = sum(counts.pairs for counts in count_pairs(selection, num_tokens).values())
     return AttentionMap(
         layer=layer,
         head=head,
         pattern=pattern,
-        chosen_by=None if pattern.kind != "dynamic" else "gate" if gates and pattern.min_share else "mean keys",
+        chosen_by=None if pattern.kind != "dynamic" else "gate" if pattern.gate else "mean keys",
         num_tokens=num_tokens,
         mass=block_mass(q_THd[:, head], k_TGd[:, group], window).numpy(),
         place=place_BB,
@@ -228,13 +229,6 @@ def _selection(projections: LayerProjections, pattern: AttentionPattern, group: 
     return {query_block: (choices[group],) for query_block, choices in chosen.items()}
 
 
-def _near_blocks(pattern: AttentionPattern, layer: int, group: int, num_groups: int, gates: Gates | None) -> int:
-    """Window of a group; a gate may say that it sees everything."""
-    if gates is not None and gates.layers[layer].dense[group] > 0.5:
-        return 2**20
-    return pattern.near_blocks(num_groups)[group]
-
-
 def _mark_rows(
     place_BB: np.ndarray,
     projections: LayerProjections,
@@ -248,7 +242,7 @@ def _mark_rows(
     q_THd, k_TGd = projections.rotated_queries, projections.rotated_keys
     heads = q_THd.shape[1] // k_TGd.shape[1]
     scorer = None
-    if gates is not None:
+    if pattern.gate and gates is not None:
         scorer = _OneGroup(GateRowScorer(gates, layer, projections.queries, q_THd, projections.keys, k_TGd), group)
     chosen_TB = select_rows(
         q_THd[:, group * heads : (group + 1) * heads],

@@ -74,7 +74,7 @@ def load(
     rope_scaling: Scaling | None = None,
     machine: Machine | None = None,
     attention: str | None = None,
-    attention_window: int | None = None,
+    attention_window: int | str | None = None,
     attention_top_blocks: int | None = None,
     attention_far: bool | None = None,
     attention_min_share: float | None = None,
@@ -102,7 +102,8 @@ def load(
         machine: a measured machine; None takes this one's measurements, made on first use.
         attention: auto, dense, window or dynamic; None is auto, or what the options below are about. What is asked for
             is had whatever quality it costs.
-        attention_window: tokens that every position sees before its own block: 64, 128, ... 4096; None chooses.
+        attention_window: tokens that every position sees before its own block: 64, 128, ... 4096; auto gives every
+            key-value head its own, from the model's gate file or measured once; None chooses one for all.
         attention_top_blocks: blocks of 64 tokens that dynamic attention selects beside the window; None chooses.
         attention_far: whether what dynamic attention does not select counts by its means; None is False.
         attention_min_share: least share of a head's attention, above 0 and below 1, that makes a query open a block;

@@ -10,10 +10,10 @@ import numpy as np
 
 from dseek.core.errors import ConfigError
 from dseek.engine.batch import Batch
+from dseek.engine.planned_gates import planned_gates
 from dseek.engine.runner import Runner
 from dseek.models.encoding import to_float32
 from dseek.models.files import ModelFiles
-from dseek.models.gate_file import find_gates
 from dseek.models.rope import rope_table
 from dseek.ops import native
 from dseek.ops.linear.packing import interleave, pack, pad
@@ -133,7 +133,7 @@ def _build(compiled: ModuleType, files: ModelFiles, plan: Plan) -> Any:
         epsilon=shape.rms_norm_eps,
         cache_type=plan.cache_dtype,
     )
-    gates = find_gates(files) if any(pattern.kind == "dynamic" for pattern in plan.attention_patterns) else None
+    gates = planned_gates(files, plan.attention_patterns)
     if gates is not None:
         decoder.set_gate_rotation(*gates.rotation(plan.num_pages))
     for layer, formats in enumerate(plan.layer_formats):
@@ -142,22 +142,13 @@ def _build(compiled: ModuleType, files: ModelFiles, plan: Plan) -> Any:
         decoder.add_block(**_block(files, f"model.layers.{layer}.", formats), window=window)
         pattern = plan.attention_patterns[layer]
         if pattern.kind != "dense":
-            near_blocks = list(pattern.near_blocks(shape.num_kv_heads))
-            gate = None
-            if gates is not None and pattern.min_share:
-                gate = gates.layers[layer].learned
-                dense = gates.layers[layer].dense
-                near_blocks = [
-                    plan.num_pages if everything else near
-                    for near, everything in zip(near_blocks, dense > 0.5, strict=True)
-                ]
             decoder.set_pattern(
                 layer,
-                near_blocks=near_blocks,
+                near_blocks=list(pattern.near_blocks(shape.num_kv_heads)),
                 top_blocks=pattern.top_blocks,
                 far=pattern.far,
                 min_share=pattern.min_share,
-                gate=gate,
+                gate=gates.layers[layer].learned if gates is not None and pattern.gate else None,
             )
         files.release()
     tied = not files.has("lm_head.weight")

@@ -57,6 +57,7 @@ def make_plan(
         DseekError: an option is wrong, or memory would not suffice.
     """
     from dseek import plan as planning
+    from dseek.engine.head_facts import head_facts
     from dseek.plan.objective import DEFAULT_QUALITY_LOSS
 
     wanted = planning.Objective(
@@ -84,6 +85,7 @@ def make_plan(
         precision=precision,
         num_threads=threads,
         attention=attention,
+        heads=head_facts(files, attention),
     )
 
 
@@ -137,7 +139,7 @@ def given_plan(
                 remedy=f"leave out {name} or the plan",
             )
     if attention is not None:
-        attention.check_against(plan.attention_patterns)
+        attention.check_against(plan.attention_patterns, files.shape.num_kv_heads)
     return plan
 
 

@@ -5,7 +5,9 @@ of the model it was trained on) in its metadata, and for every layer i the tenso
 `layers.i.key` [L, G, 3 d, g], `layers.i.query_gain` [H, g], `layers.i.key_gain` [L, G, g], `layers.i.scale` [H],
 `layers.i.own` [H, d], `layers.i.own_bias` [H] and `layers.i.dense` [G], in F32, F16 or BF16: H query heads, G key and
 value heads, d head width, g gate width (a multiple of 16), L levels; dense is 1 for heads that have to see everything,
-since no gate finds what they look for, and 0 for the others. What the numbers mean says `dseek.train.gate`.
+since no gate finds what they look for, and 0 for the others. It MAY carry `layers.i.window` [G], for all layers or for
+none: the window of each key and value head in tokens, one of 64, 128, ... 4096. What the numbers mean says
+`dseek.train.gate`.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dseek.core.attention_pattern import BLOCK_TOKENS
+from dseek.core.attention_pattern import BLOCK_TOKENS, WINDOWS
 from dseek.core.errors import FileFormatError
 from dseek.core.shape import ModelShape
 from dseek.models.encoding import to_float32
@@ -62,6 +64,8 @@ class LayerGate:
     """[H]."""
     dense: np.ndarray
     """[G], 1 for heads that see everything."""
+    window: np.ndarray | None = None
+    """[G], tokens; None where the file does not say."""
 
     @property
     def learned(self) -> tuple[np.ndarray, ...]:
@@ -84,6 +88,18 @@ class Gates:
     def gate_dim(self) -> int:
         """Width g."""
         return int(self.layers[0].query.shape[2])
+
+    @property
+    def dense_heads(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the heads that see everything, layer by layer."""
+        return tuple(tuple(np.flatnonzero(layer.dense > 0.5).tolist()) for layer in self.layers)
+
+    @property
+    def windows(self) -> tuple[tuple[int, ...], ...]:
+        """Windows in tokens by layer and key and value head; empty where the file does not say."""
+        if any(layer.window is None for layer in self.layers):
+            return ()
+        return tuple(tuple(int(tokens) for tokens in layer.window) for layer in self.layers if layer.window is not None)
 
     def rotation(self, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
         """Tabulate the rotation at the first position of every block.
@@ -167,6 +183,8 @@ def read_gates(path: Path, shape: ModelShape) -> Gates:
         dims = {layer.query.shape[2] for layer in layers}
         if len(dims) != 1:
             raise FileFormatError(f"{path}: the layers' gates differ in width: {sorted(dims)}", needed="one width")
+        if len({layer.window is None for layer in layers}) != 1:
+            raise FileFormatError(f"{path} has windows for some layers only", needed="for all of them or for none")
         return Gates(layers, _theta(stored), stored.metadata.get("model", ""))
     finally:
         stored.close()
@@ -192,11 +210,7 @@ def _read_layer(stored: SafetensorsFile, layer: int, shape: ModelShape) -> Layer
             raise FileFormatError(
                 f"{stored.path} has no tensor {name}", needed=f"gates for the model's {shape.num_layers} layers"
             )
-        tensor = stored.tensors[name]
-        encoded = EncodedTensor(name, tensor.shape, tensor.encoding, stored.data(name))
-        arrays[part] = np.array(to_float32(encoded), dtype=np.float32, order="C")
-        if not np.isfinite(arrays[part]).all():
-            raise FileFormatError(f"{stored.path}: tensor {name} holds numbers that are not finite")
+        arrays[part] = _read_array(stored, name)
     query, key = arrays["query"], arrays["key"]
     groups, heads, width = shape.num_kv_heads, shape.num_heads, shape.head_dim
     dim = query.shape[-1] if query.ndim == 3 else 0
@@ -219,4 +233,28 @@ def _read_layer(stored: SafetensorsFile, layer: int, shape: ModelShape) -> Layer
                 "multiple of 16",
                 remedy="train a gate for this model with `dseek train-gate`",
             )
-    return LayerGate(**arrays)
+    return LayerGate(**arrays, window=_read_windows(stored, f"layers.{layer}.window", groups))
+
+
+def _read_array(stored: SafetensorsFile, name: str) -> np.ndarray:
+    """Read a tensor and check that its numbers are some."""
+    tensor = stored.tensors[name]
+    encoded = EncodedTensor(name, tensor.shape, tensor.encoding, stored.data(name))
+    array = np.array(to_float32(encoded), dtype=np.float32, order="C")
+    if not np.isfinite(array).all():
+        raise FileFormatError(f"{stored.path}: tensor {name} holds numbers that are not finite")
+    return array
+
+
+def _read_windows(stored: SafetensorsFile, name: str, num_kv_heads: int) -> np.ndarray | None:
+    """Read and check the windows of one layer, if there are any."""
+    if name not in stored.tensors:
+        return None
+    windows_G = _read_array(stored, name)
+    if windows_G.shape != (num_kv_heads,) or not np.isin(windows_G, WINDOWS).all():
+        raise FileFormatError(
+            f"{stored.path}: {name} is {windows_G.tolist()}"[:200],
+            needed=f"{num_kv_heads} windows, each one of " + ", ".join(map(str, WINDOWS)),
+            remedy="train a gate for this model with `dseek train-gate`",
+        )
+    return windows_G

@@ -16,22 +16,24 @@ from dseek.core.attention_pattern import DENSE, AttentionPattern
 from dseek.core.errors import ConfigError
 from dseek.core.shape import ModelShape
 from dseek.plan.attention_loss import layer_losses
-from dseek.plan.attention_wish import AttentionWish, patterns_text
+from dseek.plan.attention_wish import AttentionWish, dense_heads_text, patterns_text
 from dseek.plan.chooser import TIE, Candidate, Chooser
 from dseek.plan.explain import loss_text
+from dseek.plan.head_facts import HeadFacts
 from dseek.plan.objective import DEFAULT_QUALITY_LOSS
 
 UNASKED = "leaves keys out; weighed only with --attention auto or an accepted loss above the usual"
 """Why a pattern is not taken where nobody asked."""
 
 
-def decide(search: Chooser, accepted: Candidate, wish: AttentionWish, batch: int) -> Candidate:
+def decide(search: Chooser, accepted: Candidate, wish: AttentionWish, heads: HeadFacts, batch: int) -> Candidate:
     """Choose what the layers attend to; write down the choice.
 
     Args:
         search: judges.
         accepted: the layout so far, with dense attention.
         wish: what the user decided.
+        heads: what is known of the model's heads.
         batch: sequences at a time.
 
     Returns:
@@ -55,10 +57,10 @@ def decide(search: Chooser, accepted: Candidate, wish: AttentionWish, batch: int
         return search.candidate(patterns_text(patterns), layout, accepted.weights, batch=batch, keep=keep)
 
     dense = candidate(accepted.layout.attention_patterns, keep=True)
-    patterns = [] if kind == "dense" else wish.patterns()
+    choices = [] if kind == "dense" else wish.by_layer(search.shape.num_layers, heads)
     if kind is None:
-        patterns = [pattern for pattern in patterns if _is_offered(pattern, search)]
-    in_all = [candidate(_in_layers(pattern, search.shape)) for pattern in patterns]
+        choices = [patterns for patterns in choices if _is_offered(patterns, search)]
+    in_all = [candidate(_in_layers(patterns, search.shape)) for patterns in choices]
     if kind is None and wish.kind != "auto" and limit <= DEFAULT_QUALITY_LOSS:
         # Nobody accepted a loss: what leaves keys out is shown beside, but its prior knows one model's perplexity only.
         in_all = [dataclasses.replace(entry, refused=entry.refused or UNASKED) for entry in in_all]
@@ -66,8 +68,8 @@ def decide(search: Chooser, accepted: Candidate, wish: AttentionWish, batch: int
     if kind in (None, "dense"):
         mixed = [
             candidate(some)
-            for pattern, entry in zip(patterns, in_all, strict=True)
-            if entry.loss > limit and (some := _least_harmful(pattern, search, limit - dense.loss)) is not None
+            for patterns, entry in zip(choices, in_all, strict=True)
+            if entry.loss > limit and (some := _least_harmful(patterns, search, limit - dense.loss)) is not None
         ]
         entries = [dense, *in_all]
         better = [entry for entry in mixed if not entry.refused]
@@ -81,7 +83,12 @@ def decide(search: Chooser, accepted: Candidate, wish: AttentionWish, batch: int
         most = max(limit, min(entry.loss for entry in in_all)) + 1e-9
         entries = [candidate(entry.layout.attention_patterns, keep=entry.loss <= most) for entry in in_all]
         why = "the best of what was asked for"
-    return search.choose("attention", entries, _order, why)
+    chosen = search.choose("attention", entries, _order, why)
+    dense_heads = dense_heads_text(chosen.layout.attention_patterns, search.shape.num_kv_heads)
+    if dense_heads:
+        told = search.choices[-1]
+        search.choices[-1] = dataclasses.replace(told, why=f"{told.why}; {dense_heads}")
+    return chosen
 
 
 def _order(entry: Candidate) -> tuple[float, ...]:
@@ -89,10 +96,11 @@ def _order(entry: Candidate) -> tuple[float, ...]:
     return (entry.loss, entry.predicted.peak_bytes)
 
 
-def _is_offered(pattern: AttentionPattern, search: Chooser) -> bool:
-    """Whether a pattern would look at less than half of the typical request at its end."""
+def _is_offered(patterns: Sequence[AttentionPattern], search: Chooser) -> bool:
+    """Whether patterns would look at less than half of the typical request at its end, in the mean over layers."""
     tokens = search.prompt + search.answer
-    return 2 * pattern.visible_tokens(tokens, search.shape.num_kv_heads) < tokens
+    seen = sum(pattern.visible_tokens(tokens, search.shape.num_kv_heads) for pattern in patterns)
+    return 2 * seen < tokens * len(patterns)
 
 
 def _may_change(shape: ModelShape, layer: int) -> bool:
@@ -101,23 +109,23 @@ def _may_change(shape: ModelShape, layer: int) -> bool:
 
 
 def _in_layers(
-    pattern: AttentionPattern, shape: ModelShape, layers: Sequence[int] | None = None
+    patterns: Sequence[AttentionPattern], shape: ModelShape, layers: Sequence[int] | None = None
 ) -> tuple[AttentionPattern, ...]:
-    """Give layers a pattern: all that may have it, or some of them."""
+    """Give layers their patterns: all that may have one, or some of them."""
     wanted = range(shape.num_layers) if layers is None else layers
     return tuple(
-        pattern if layer in wanted and _may_change(shape, layer) else DENSE for layer in range(shape.num_layers)
+        pattern if layer in wanted and _may_change(shape, layer) else DENSE for layer, pattern in enumerate(patterns)
     )
 
 
 def _least_harmful(
-    pattern: AttentionPattern, search: Chooser, accepted_loss: float
+    patterns: Sequence[AttentionPattern], search: Chooser, accepted_loss: float
 ) -> tuple[AttentionPattern, ...] | None:
-    """Give a pattern to as many layers as the loss allows, the least harmful first; None where that is none."""
+    """Give as many layers their patterns as the loss allows, the least harmful first; None where that is none."""
     shape, layers, left = search.shape, [], accepted_loss
-    losses = layer_losses(shape, pattern, search.context)
+    losses = layer_losses(shape, patterns, search.context)
     for layer in sorted(range(shape.num_layers), key=lambda layer: (losses[layer], layer)):
         if _may_change(shape, layer) and losses[layer] <= left:
             layers.append(layer)
             left -= losses[layer]
-    return _in_layers(pattern, shape, layers) if layers else None
+    return _in_layers(patterns, shape, layers) if layers else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dseek.core.attention_pattern import KINDS, MAX_TOP_BLOCKS, AttentionPattern
+from dseek.core.attention_pattern import KINDS, MAX_TOP_BLOCKS, WINDOWS, AttentionPattern
 from dseek.core.errors import ConfigError
+from dseek.plan.head_facts import AUTO, HeadFacts
 
 SEARCHED_WINDOWS = (256, 512, 1024, 2048)
 SEARCHED_SHARES = (0.1, 0.05, 0.03, 0.02, 0.01)
@@ -16,7 +17,9 @@ SEARCHED_TOP_BLOCKS = (4, 8, 16, 32)
 MOST_BLOCKS = 64
 """Blocks that sixteen queries may open where a least share decides and nobody asked for another bound."""
 DYNAMIC_WINDOW = 256
-"""Window beside selected blocks, where nobody asked for another."""
+"""Window beside blocks that are selected by number, where nobody asked for another."""
+ROW_WINDOW = 64
+"""Window where a least share decides: what lies beyond it is found like anything else."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +29,8 @@ class AttentionWish:
     kind: str | None = None
     """auto, dense, window or dynamic; None is what the other wishes are about, else auto where more than the usual loss
     of quality is accepted, and dense where it is not."""
-    window_tokens: int | None = None
-    """Window; alone it means the kind window."""
+    window_tokens: int | str | None = None
+    """Window in tokens, or auto: each head's own, as `HeadFacts` has it. Alone it means the kind window."""
     top_blocks: int | None = None
     """Blocks to select; means the kind dynamic."""
     far: bool | None = None
@@ -56,6 +59,10 @@ class AttentionWish:
             raise ConfigError(
                 f"a dynamic attention pattern that selects {self.top_blocks} blocks", needed=f"1 to {MAX_TOP_BLOCKS}"
             )
+        if isinstance(self.window_tokens, str) and self.window_tokens != AUTO:
+            raise ConfigError(
+                f"a window of {self.window_tokens!r} tokens", needed="auto, or " + ", ".join(map(str, WINDOWS))
+            )
         self.patterns()  # refuses windows, numbers of blocks and shares that there are not
 
     @property
@@ -71,27 +78,55 @@ class AttentionWish:
             return "dynamic"
         return None if self.window_tokens is None else "window"
 
+    @property
+    def own_windows(self) -> bool:
+        """Whether every head is to have its own window."""
+        return self.window_tokens == AUTO
+
+    @property
+    def may_be_by_rows(self) -> bool:
+        """Whether a pattern with a least share is among those to consider."""
+        return any(pattern.min_share for pattern in self.patterns())
+
     def patterns(self) -> list[AttentionPattern]:
-        """List the patterns to consider besides dense attention.
+        """List the patterns to consider besides dense attention, before the heads' own windows and dense heads are set.
 
         Raises:
             ConfigError: a window or number of blocks that there is not.
         """
         kind = self.settled_kind
+        asked = self.window_tokens if isinstance(self.window_tokens, int) else None
         found = []
         if kind in (None, "window"):
-            windows = SEARCHED_WINDOWS if self.window_tokens is None else (self.window_tokens,)
+            windows = SEARCHED_WINDOWS if asked is None else (asked,)
+            # The heads' own windows are one choice, whatever window stands for them here.
+            windows = windows[:1] if self.own_windows else windows
             found += [AttentionPattern(kind="window", window_tokens=(window,)) for window in windows]
         if kind in (None, "dynamic"):
-            window = DYNAMIC_WINDOW if self.window_tokens is None else self.window_tokens
             # Means of the rest cost time and, with no bias learned for them, quality too.
             found += [
                 AttentionPattern(
-                    kind="dynamic", window_tokens=(window,), top_blocks=count, far=bool(self.far), min_share=share
+                    kind="dynamic",
+                    window_tokens=(asked or (ROW_WINDOW if share else DYNAMIC_WINDOW),),
+                    top_blocks=count,
+                    far=bool(self.far),
+                    min_share=share,
                 )
                 for count, share in self._budgets()
             ]
         return found
+
+    def by_layer(self, num_layers: int, heads: HeadFacts) -> list[tuple[AttentionPattern, ...]]:
+        """List what to consider besides dense attention, layer by layer.
+
+        Args:
+            num_layers: of the model.
+            heads: what is known of its heads.
+
+        Raises:
+            ConfigError: the heads' own windows are asked for and not known.
+        """
+        return [heads.fitted(pattern, num_layers, own_windows=self.own_windows) for pattern in self.patterns()]
 
     def _budgets(self) -> list[tuple[int, float]]:
         """Numbers of blocks and least shares to consider."""
@@ -101,11 +136,12 @@ class AttentionWish:
         most = MOST_BLOCKS if self.top_blocks is None else self.top_blocks
         return [(most, share) for share in (SEARCHED_SHARES if self.min_share is None else (self.min_share,))]
 
-    def check_against(self, patterns: Sequence[AttentionPattern]) -> None:
+    def check_against(self, patterns: Sequence[AttentionPattern], num_kv_heads: int) -> None:
         """Make sure that decided patterns are what was wished for.
 
         Args:
             patterns: of all layers.
+            num_kv_heads: key-value heads.
 
         Raises:
             ConfigError: they are something else.
@@ -118,7 +154,7 @@ class AttentionWish:
             else bool(sparse)
             and all(
                 pattern.kind == kind
-                and (self.window_tokens is None or set(pattern.window_tokens) == {self.window_tokens})
+                and self._is_window_of(pattern, num_kv_heads)
                 and self.top_blocks in (None, pattern.top_blocks)
                 and self.far in (None, pattern.far)
                 and self.min_share in (None, pattern.min_share)
@@ -130,6 +166,12 @@ class AttentionWish:
                 f"the attention asked for contradicts the plan, which says {patterns_text(patterns)}",
                 remedy="leave out the attention's options or the plan",
             )
+
+    def _is_window_of(self, pattern: AttentionPattern, num_kv_heads: int) -> bool:
+        """Whether a pattern's windows are what was wished for."""
+        if self.own_windows:
+            return len(pattern.window_tokens) == num_kv_heads
+        return self.window_tokens is None or set(pattern.window_tokens) == {self.window_tokens}
 
 
 def pattern_text(pattern: AttentionPattern) -> str:
@@ -158,10 +200,46 @@ def patterns_text(patterns: Sequence[AttentionPattern]) -> str:
         patterns: layer by layer.
 
     Returns:
-        Such as `dense`, or `window 512 in 20 of 30 layers, dense in 10`.
+        Such as `dense`, or `window 512 in 20 of 30 layers, dense in 10`. Where heads have windows of their own, all
+        layers' are told together, with their mean: `windows 64 to 4096 (508 in the mean)`.
     """
-    counts = Counter(patterns).most_common()
-    if len(counts) == 1:
-        return pattern_text(counts[0][0])
-    texts = [f"{pattern_text(pattern)} in {count}" for pattern, count in counts]
+    alike: dict[AttentionPattern, list[AttentionPattern]] = {}
+    by_head = any(len(pattern.window_tokens) > 1 for pattern in patterns)
+    for pattern in patterns:
+        windows = WINDOWS[:1] if by_head and pattern.kind != "dense" else pattern.window_tokens
+        key = dataclasses.replace(pattern, window_tokens=windows, dense_heads=())
+        alike.setdefault(key, []).append(pattern)
+    groups = sorted(alike.values(), key=len, reverse=True)
+    texts = [_alike_text(group) for group in groups]
+    if len(groups) == 1:
+        return texts[0]
+    texts = [f"{text} in {len(group)}" for text, group in zip(texts, groups, strict=True)]
     return ", ".join([f"{texts[0]} of {len(patterns)} layers", *texts[1:]])
+
+
+def _alike_text(patterns: Sequence[AttentionPattern]) -> str:
+    """Name patterns that differ in their windows and dense heads at most."""
+    windows = [window for pattern in patterns for window in pattern.window_tokens]
+    if len(set(windows)) < 2:
+        return pattern_text(patterns[0])
+    text = pattern_text(dataclasses.replace(patterns[0], window_tokens=(min(windows), max(windows))))
+    head, _, rest = text.partition(f"to {max(windows)}")
+    return f"{head}to {max(windows)} ({sum(windows) / len(windows):.0f} in the mean){rest}"
+
+
+def dense_heads_text(patterns: Sequence[AttentionPattern], num_kv_heads: int) -> str:
+    """Say which share of the heads stays dense beside a selection, for people.
+
+    Args:
+        patterns: layer by layer.
+        num_kv_heads: key-value heads of a layer.
+
+    Returns:
+        Such as `5 of 90 key-value heads stay dense (retrieval heads found by training)`, or nothing if none does.
+    """
+    count = sum(len(pattern.dense_heads) for pattern in patterns)
+    if not count:
+        return ""
+    heads = len(patterns) * num_kv_heads
+    verb = "stays" if count == 1 else "stay"
+    return f"{count} of {heads} key-value heads {verb} dense (retrieval heads found by training)"

@@ -11,6 +11,7 @@ from dseek.core.shape import ModelShape
 from dseek.hardware.machine import Machine
 from dseek.plan.attention_wish import AttentionWish
 from dseek.plan.formats import CACHE_DTYPES, PRECISIONS, VARIANTS, CacheDtype, Kernels, Variant
+from dseek.plan.head_facts import HeadFacts
 from dseek.plan.objective import Objective
 
 DEFAULT_CONTEXT_TOKENS = 8192
@@ -36,6 +37,8 @@ class Wishes:
     """native or torch."""
     attention: AttentionWish
     """What layers attend to."""
+    heads: HeadFacts
+    """What is known of the heads."""
 
 
 def context_of(shape: ModelShape, objective: Objective) -> int:

@@ -112,9 +112,10 @@ def selection_s(shape: ModelShape, rates: Rates, pattern: AttentionPattern, num_
         Seconds.
     """
     if pattern.min_share:
-        # Every row scores for itself, sixteen at a time.
+        # Every row scores for itself, sixteen at a time; heads that see everything have nothing to score.
         rows = max(16.0, num_rows)
-        elements = ROW_SCORE_ELEMENTS * rows * num_cells * shape.num_heads
+        scoring = shape.num_heads * (1 - len(pattern.dense_heads) / shape.num_kv_heads)
+        elements = ROW_SCORE_ELEMENTS * rows * num_cells * scoring
         elements += SEAL_ELEMENTS * num_rows * 2 * shape.kv_size
         return elements * rates.overheads.element_s
     blocks = num_rows / BLOCK_TOKENS

@@ -25,11 +25,12 @@ from dseek.plan.candidates import Wishes
 from dseek.plan.cost import Prediction
 from dseek.plan.explain import Choice
 from dseek.plan.formats import CacheDtype, Kernels, LayerFormats, Precision, WeightFormat
+from dseek.plan.head_facts import HeadFacts
 from dseek.plan.layout import PAGE_TOKENS, Layout
 from dseek.plan.objective import MAX_BATCH, MAX_CONTEXT_TOKENS, Objective
 from dseek.plan.quality import LossTable
 
-VERSION = 2
+VERSION = 3
 """Version of the JSON."""
 
 MAX_FILE_BYTES = 16 * 2**20
@@ -198,6 +199,7 @@ def make(
     prefill_chunk_tokens: int | None = None,
     kernels: str | None = None,
     attention: AttentionWish | None = None,
+    heads: HeadFacts | None = None,
     losses: LossTable | None = None,
 ) -> Plan:
     """Decide how to run a model.
@@ -215,6 +217,7 @@ def make(
         prefill_chunk_tokens: most rows of a step; None to choose.
         kernels: native or torch to have those; None takes native where they were measured.
         attention: what layers attend to, as far as that is decided; None to choose.
+        heads: the model's trained gate and the windows of its heads (`dseek.engine.head_facts`); None knows of none.
         losses: what storing projections in a format loses (rise of perplexity, a fraction), by layer, role and weight
             format, where that was measured for this model; the prior of `plan.quality` stands in for the others.
 
@@ -233,6 +236,7 @@ def make(
         prefill_chunk_tokens=prefill_chunk_tokens,
         kernels=kernels,
         attention=attention or AttentionWish(),
+        heads=heads or HeadFacts(),
     )
     decision = search.decide(shape, machine, objective, encodings, wishes, losses)
     layout = decision.layout
@@ -321,6 +325,11 @@ def _check(plan: Plan, where: str) -> None:
             raise ConfigError(
                 f"{where}.attention_patterns[{layer}] has {len(pattern.window_tokens)} windows",
                 needed=f"1, or one for each of {shape.num_kv_heads} key-value heads",
+            )
+        if pattern.dense_heads and pattern.dense_heads[-1] >= shape.num_kv_heads:
+            raise ConfigError(
+                f"{where}.attention_patterns[{layer}] has a dense head {pattern.dense_heads[-1]}",
+                needed=f"0 to {shape.num_kv_heads - 1}",
             )
     if shape.num_heads % shape.num_kv_heads:
         raise ConfigError(f"{where}.shape.num_heads is {shape.num_heads}", needed="a multiple of num_kv_heads")

@@ -145,7 +145,7 @@ def decide(
         search.choices[-1] = dataclasses.replace(told, why=f"{told.why}: {formats_text(weights.layer_formats)}")
 
     # 4. What the layers attend to, with the formats as chosen.
-    chosen = attention.decide(search, chosen, wishes.attention, batch)
+    chosen = attention.decide(search, chosen, wishes.attention, wishes.heads, batch)
 
     # 5. Threads, then the chunk, with all that as chosen.
     def vary(name: str, layouts: Mapping[int, Layout], why: str, *, prefill_only: bool = False) -> Candidate:

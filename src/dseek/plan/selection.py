@@ -99,8 +99,7 @@ def pyramid_page_bytes(shape: ModelShape, patterns: Sequence[AttentionPattern], 
     levels = top_level(num_pages * BLOCK_TOKENS) + 1
     openings = -(-(1 + most) * 4 // 64) * 64
     means = 2 * shape.head_dim * 4
-    # Whether the model has a gate is not known here: its statistics and key are counted where one would be used.
-    statistics = (4 * shape.head_dim + GATE_DIM) * 4 if by_rows else 0
+    statistics = (4 * shape.head_dim + GATE_DIM) * 4 if any(pattern.gate for pattern in patterns) else 0
     record = levels * (means + statistics + openings)
     if by_rows:
         record += (row_top_level(num_pages) + 1) * STRIPS * (1 + by_rows) * 4

@@ -356,7 +356,14 @@ def _restore(
         return int(metadata["passes"])
 
 
-def save_gates(gates: torch.nn.ModuleList, dense_LG: torch.Tensor, theta: float, model: str, path: Path) -> None:
+def save_gates(
+    gates: torch.nn.ModuleList,
+    dense_LG: torch.Tensor,
+    theta: float,
+    model: str,
+    path: Path,
+    windows_LG: torch.Tensor | None = None,
+) -> None:
     """Write gates as `dseek.models.gate_file` reads them, in bfloat16.
 
     Args:
@@ -365,8 +372,11 @@ def save_gates(gates: torch.nn.ModuleList, dense_LG: torch.Tensor, theta: float,
         theta: base of their rotation.
         model: fingerprint of the model.
         path: the file, written whole or not at all.
+        windows_LG: of `dseek.train.sample_windows`, powers of two, which bfloat16 holds as they are; None for none.
     """
     tensors = {f"layers.{layer}.dense": dense.bfloat16() for layer, dense in enumerate(dense_LG)}
+    if windows_LG is not None:
+        tensors |= {f"layers.{layer}.window": windows_G.bfloat16() for layer, windows_G in enumerate(windows_LG)}
     for layer, gate in enumerate(_as_list(gates)):
         for part in gate_file.LEARNED_PARTS:
             tensors[f"layers.{layer}.{part}"] = getattr(gate, part).detach().bfloat16().contiguous()
