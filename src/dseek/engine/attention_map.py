@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dseek.core.attention_pattern import BLOCK_TOKENS, AttentionPattern, cell_blocks
+from dseek.core.attention_pattern import BLOCK_TOKENS, AttentionPattern, cell_blocks, num_levels
 from dseek.models.decoder import Decoder
 from dseek.models.gate_file import Gates, find_gates
 from dseek.models.gate_scorer import GateRowScorer
@@ -49,6 +49,8 @@ class AttentionMap:
     """What the layer attends to by the plan."""
     chosen_by: str | None
     """gate or mean keys: what a descent followed; None where there is none."""
+    level_bias: tuple[float, ...] | None
+    """What is added to the scores of far cells, by level, from the gate; None where nothing is, or there are none."""
     num_tokens: int
     """Length of the text, T."""
     mass: np.ndarray
@@ -184,6 +186,7 @@ def map_head(
         layer=layer,
         head=head,
         pattern=pattern,
+        level_bias=_level_bias(pattern, layer, head, num_tokens, gates),
         chosen_by=None if pattern.kind != "dynamic" else "gate" if gates and pattern.min_share else "mean keys",
         num_tokens=num_tokens,
         mass=block_mass(q_THd[:, head], k_TGd[:, group], window).numpy(),
@@ -233,6 +236,16 @@ def _near_blocks(pattern: AttentionPattern, layer: int, group: int, num_groups: 
     if gates is not None and gates.layers[layer].dense[group] > 0.5:
         return 2**20
     return pattern.near_blocks(num_groups)[group]
+
+
+def _level_bias(
+    pattern: AttentionPattern, layer: int, head: int, num_tokens: int, gates: Gates | None
+) -> tuple[float, ...] | None:
+    """A head's biases of far cells, of the levels that the text has."""
+    if gates is None or not pattern.far:
+        return None
+    bias_HL = gates.layers[layer].bias_of_levels(num_levels(num_tokens))
+    return None if bias_HL is None else tuple(bias_HL[head].tolist())
 
 
 def _mark_rows(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dseek.core.attention_pattern import num_levels
 from dseek.core.errors import ConfigError
 from dseek.engine.batch import Batch
 from dseek.engine.runner import Runner
@@ -151,12 +152,16 @@ def _build(compiled: ModuleType, files: ModelFiles, plan: Plan) -> Any:
                     plan.num_pages if everything else near
                     for near, everything in zip(near_blocks, dense > 0.5, strict=True)
                 ]
+            level_bias = None
+            if gates is not None and pattern.far:
+                level_bias = gates.layers[layer].bias_of_levels(num_levels(plan.num_pages * PAGE_TOKENS))
             decoder.set_pattern(
                 layer,
                 near_blocks=near_blocks,
                 top_blocks=pattern.top_blocks,
                 far=pattern.far,
                 min_share=pattern.min_share,
+                level_bias=level_bias,
                 gate=gate,
             )
         files.release()

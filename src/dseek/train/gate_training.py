@@ -326,7 +326,15 @@ def _restore(
         return int(metadata["passes"])
 
 
-def save_gates(gates: torch.nn.ModuleList, dense_LG: torch.Tensor, theta: float, model: str, path: Path) -> None:
+def save_gates(
+    gates: torch.nn.ModuleList,
+    dense_LG: torch.Tensor,
+    theta: float,
+    model: str,
+    path: Path,
+    *,
+    level_biases: Sequence[torch.Tensor] = (),
+) -> None:
     """Write gates as `dseek.models.gate_file` reads them, in bfloat16.
 
     Args:
@@ -335,8 +343,10 @@ def save_gates(gates: torch.nn.ModuleList, dense_LG: torch.Tensor, theta: float,
         theta: base of their rotation.
         model: fingerprint of the model.
         path: the file, written whole or not at all.
+        level_biases: [H, M] of each layer, of `dseek.train.level_bias`, or none.
     """
     tensors = {f"layers.{layer}.dense": dense.bfloat16() for layer, dense in enumerate(dense_LG)}
+    tensors |= {f"layers.{layer}.level_bias": bias.bfloat16() for layer, bias in enumerate(level_biases)}
     for layer, gate in enumerate(_as_list(gates)):
         for part in gate_file.LEARNED_PARTS:
             tensors[f"layers.{layer}.{part}"] = getattr(gate, part).detach().bfloat16().contiguous()
