@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make samples, train, write the gate; an interrupted run goes on when it is started again.
+    """Make samples, train, write the gate with its level biases; a stopped run goes on when it is started again.
 
     Args:
         args: parsed arguments.
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from dseek.models.decoder import Decoder
     from dseek.models.files import open_model
     from dseek.models.gate_file import FILE_NAME, fingerprint
-    from dseek.train import gate_training
+    from dseek.train import gate_training, level_bias
 
     config = gate_training.GateTraining(gate_dim=args.gate_dim, num_passes=args.passes, seed=args.seed)
     if config.gate_dim % 16:
@@ -88,11 +88,20 @@ def run(args: argparse.Namespace) -> int:
         decoder = Decoder.from_files(files, torch.bfloat16).requires_grad_(False)
         shape = files.shape
         samples = gate_training.make_samples(decoder, texts, folder / "samples", config, progress)
+        biases = level_bias.learn_level_biases(
+            decoder,
+            texts,
+            folder / "level_bias.safetensors",
+            level_bias.LevelBiasTraining(seed=args.seed),
+            progress,
+        )
         del decoder
         gates = gate_training.new_gates(shape, config)
         gate_training.train_gates(gates, samples, folder / "state.safetensors", config, progress)
         dense = gate_training.dense_heads(gates, samples, config)
-        gate_training.save_gates(gates, dense, shape.rope.theta, fingerprint(files), folder / FILE_NAME)
+        gate_training.save_gates(
+            gates, dense, shape.rope.theta, fingerprint(files), folder / FILE_NAME, level_biases=biases
+        )
     print(folder / FILE_NAME)
     return 0
 
