@@ -18,6 +18,7 @@ from dseek.models.files import open_model
 from dseek.models.gate_file import MAX_LEVEL_BIAS
 from dseek.ops.attention.dynamic_reference import dynamic_attention_blocked
 from dseek.ops.attention.selection import select
+from dseek.train import level_bias
 from dseek.train.level_bias import LevelBiasTraining, RowParts, fit_level_bias, learn_level_biases, row_parts
 from tests.models import tiny
 
@@ -33,7 +34,7 @@ def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tens
     return dynamic_attention_blocked(q, k, v, select(q, k, pattern), level_bias_HL=bias)
 
 
-def test_errors_are_those_of_the_operator() -> None:
+def test_errors_are_those_of_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(NUM_TOKENS, heads, WIDTH) for heads in (HEADS, GROUPS, GROUPS))
     bias = torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 5.0], [-30.0, 0.5, 0.0], [-0.7, 3.0, -1.0]])
@@ -45,6 +46,8 @@ def test_errors_are_those_of_the_operator() -> None:
         out = attended(q, k, v, tried, 1)[rows]
         expected = ((out - dense).square().sum(-1) / dense.square().sum(-1)).mean(0)
         torch.testing.assert_close(found.errors(tried), expected, rtol=1e-4, atol=1e-7)
+    monkeypatch.setattr(level_bias, "CHUNK_ELEMENTS", 3 * NUM_TOKENS * HEADS // GROUPS)
+    torch.testing.assert_close(row_parts(q, k, v, rows, PATTERN).errors(bias), found.errors(bias), rtol=1e-5, atol=1e-7)
     in_halves = row_parts(q.bfloat16(), k.bfloat16(), v.bfloat16(), rows, PATTERN).errors(bias)
     torch.testing.assert_close(in_halves, found.errors(bias), rtol=0.1, atol=1e-3)
 

@@ -116,7 +116,9 @@ class RowParts:
         """
         added_HP = torch.cat((torch.zeros_like(bias_HL[:, :1]), bias_HL), dim=1)
         weights_RHP = (self.log_mass + added_HP).softmax(-1)
-        return torch.einsum("rhp,rhpq,rhq->rh", weights_RHP, self.products, weights_RHP).mean(0)
+        # Not a product of matrices: so many of 3 x 3 would keep threads meeting.
+        products_RHP = (self.products * weights_RHP[..., None, :]).sum(-1)
+        return (weights_RHP * products_RHP).sum(-1).mean(0)
 
 
 @torch.no_grad()
