@@ -44,9 +44,10 @@ class Losses:
     Args:
         model: its name.
         num_texts: texts of `TOKENS` tokens.
+        texts: token ids of the texts; None takes the beginnings of well-known modules.
     """
 
-    def __init__(self, model: str, num_texts: int) -> None:
+    def __init__(self, model: str, num_texts: int, texts: Sequence[list[int]] | None = None) -> None:
         self.model = model
         with open_model(model) as files:
             objective = plan.Objective(context_tokens=TOKENS, batch=1)
@@ -59,19 +60,21 @@ class Losses:
                 cache_dtype="bf16",
                 attention=AttentionWish(kind="dense"),
             )
-            parts = _modules(files.tokenizer(), 2 * num_texts)
-        self.texts = [one + other for one, other in zip(parts[::2], parts[1::2], strict=True)]
-        self.base, self.accuracy = self._run(self.plan)
+            if texts is None:
+                parts = _modules(files.tokenizer(), 2 * num_texts)
+                texts = [one + other for one, other in zip(parts[::2], parts[1::2], strict=True)]
+        self.texts = texts[:num_texts]
+        self.base, self.accuracy = self._run(self.plan, model)
 
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
         return self.plan.shape.num_layers
 
-    def _run(self, tried: Plan) -> tuple[np.ndarray, float]:
+    def _run(self, tried: Plan, model: str) -> tuple[np.ndarray, float]:
         """Mean negative log likelihood in nats of each text, and the share of likeliest tokens over all."""
         losses, right = [], []
-        with load(self.model, plan=tried) as llm:
+        with load(model, plan=tried) as llm:
             for text in self.texts:
                 log_likelihoods, is_right = score(llm, text)
                 # Entry t is the prediction that position t makes.
@@ -92,16 +95,17 @@ class Losses:
         """
         return self.of_all(tuple(pattern if layer in layers else DENSE for layer in range(self.num_layers)))
 
-    def of_all(self, patterns: tuple[AttentionPattern, ...]) -> tuple[float, float, float]:
+    def of_all(self, patterns: tuple[AttentionPattern, ...], model: str | None = None) -> tuple[float, float, float]:
         """Measure patterns.
 
         Args:
             patterns: layer by layer.
+            model: a copy of the model with another gate beside it; None is the model itself.
 
         Returns:
             As `of`.
         """
-        losses, accuracy = self._run(dataclasses.replace(self.plan, attention_patterns=patterns))
+        losses, accuracy = self._run(dataclasses.replace(self.plan, attention_patterns=patterns), model or self.model)
         rises = losses - self.base
         error = float(rises.std(ddof=1) / math.sqrt(len(rises))) if len(rises) > 1 else math.nan
         return float(rises.mean()), error, accuracy
