@@ -66,17 +66,19 @@ class Losses:
                 attention=AttentionWish(kind="dense"),
             )
             self.texts = (read or two_modules_each)(files.tokenizer(), num_texts)
-        self.base, self.accuracy = self._run(self.plan)
+        self.base, self.accuracy = self._run(self.plan, model)
 
     @property
     def num_layers(self) -> int:
         """Layers of the model."""
         return self.plan.shape.num_layers
 
-    def _run(self, tried: Plan, look: Callable[[WatchedRunner], None] | None = None) -> tuple[np.ndarray, float]:
+    def _run(
+        self, tried: Plan, model: str, look: Callable[[WatchedRunner], None] | None = None
+    ) -> tuple[np.ndarray, float]:
         """Mean negative log likelihood in nats of each text, and the share of likeliest tokens over all."""
         losses, right = [], []
-        with load(self.model, plan=tried) as llm:
+        with load(model, plan=tried) as llm:
             runner = llm.engine.runner
             assert isinstance(runner, NativeRunner), "patterns run on the native kernels alone"
             watched = llm.engine.runner = WatchedRunner(runner)
@@ -103,18 +105,23 @@ class Losses:
         return self.of_all(tuple(pattern if layer in layers else DENSE for layer in range(self.num_layers)))
 
     def of_all(
-        self, patterns: tuple[AttentionPattern, ...], look: Callable[[WatchedRunner], None] | None = None
+        self,
+        patterns: tuple[AttentionPattern, ...],
+        look: Callable[[WatchedRunner], None] | None = None,
+        model: str | None = None,
     ) -> tuple[float, float, float]:
         """Measure patterns.
 
         Args:
             patterns: layer by layer.
             look: called after each text with the runner that still has what was selected.
+            model: a copy of the model with another gate beside it; None is the model itself.
 
         Returns:
             As `of`.
         """
-        losses, accuracy = self._run(dataclasses.replace(self.plan, attention_patterns=patterns), look)
+        tried = dataclasses.replace(self.plan, attention_patterns=patterns)
+        losses, accuracy = self._run(tried, model or self.model, look)
         rises = losses - self.base
         error = float(rises.std(ddof=1) / math.sqrt(len(rises))) if len(rises) > 1 else math.nan
         return float(rises.mean()), error, accuracy

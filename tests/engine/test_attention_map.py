@@ -14,6 +14,7 @@ from dseek.engine.attention_map import FAR, HIDDEN, LEFT_OUT, NEAR, SELECTED, bl
 from dseek.models import projections as projecting
 from dseek.models.decoder import Decoder
 from dseek.models.files import open_model
+from dseek.models.gate_file import Gates, LayerGate
 from dseek.models.projections import LayerProjections, layer_projections
 from dseek.ops.attention.selection import select
 from tests.models import tiny
@@ -35,7 +36,7 @@ def draw(window: int | None = None) -> LayerProjections:
     """Random projections with 4 query heads in 2 groups."""
     torch.manual_seed(0)
     q, k = 2 * torch.randn(NUM_TOKENS, 4, 16), torch.randn(NUM_TOKENS, 2, 16)
-    return LayerProjections(torch.randn_like(q), torch.randn_like(k), q, k, window)
+    return LayerProjections(torch.randn_like(q), torch.randn_like(k), q, k, torch.randn_like(k), window)
 
 
 @pytest.mark.parametrize("window", [None, 1, 64, 200])
@@ -116,6 +117,18 @@ def test_places_of_one_query_block() -> None:
     assert alone.chosen_by is None and found.chosen_by == "mean keys"
 
 
+def test_biases_of_far_cells_are_those_of_the_gate() -> None:
+    nothing = np.zeros(0, dtype=np.float32)
+    bias = np.array([[1, 2], [3, 4], [5, -6], [7, 8]], dtype=np.float32)
+    layers = [LayerGate(*[nothing] * 8, level_bias=stored) for stored in (None, bias)]
+    gates = Gates(tuple(layers), 1e4, "any")
+    far = AttentionPattern(kind="dynamic", window_tokens=(128,), top_blocks=1, far=True)
+    assert map_head(draw(), far, layer=1, head=2, gates=gates).level_bias == (5.0, -6.0, -6.0)
+    assert map_head(draw(), far, layer=0, head=2, gates=gates).level_bias is None
+    without = AttentionPattern(kind="dynamic", window_tokens=(128,), top_blocks=1)
+    assert map_head(draw(), without, layer=1, head=2, gates=gates).level_bias is None
+
+
 @pytest.mark.parametrize("window", [None, 1, 65, 100, 5000])
 def test_dense_keeps_all_that_the_model_sees(window: int | None) -> None:
     found = map_head(draw(window), DENSE, layer=0, head=0)
@@ -136,15 +149,19 @@ def test_projections_are_those_of_the_models_own_pass(
         decoder = Decoder.from_files(files).requires_grad_(False)
     ids = torch.tensor(tiny.token_ids(45, seed=1))
     seen: list[torch.Tensor] = []
+    seen_values: list[torch.Tensor] = []
     for block in decoder.model.layers:
         block.self_attn.k_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        block.self_attn.v_proj.register_forward_hook(lambda module, inputs, output: seen_values.append(output))
     with torch.inference_mode():
         decoder(ids[None])
     expected, seen = seen, []
+    values = list(seen_values)
     for layer, found in enumerate(layer_projections(decoder, ids)):
         attention = decoder.model.layers[layer].self_attn
         keys = attention.k_norm(expected[layer][0].view(len(ids), -1, attention.head_dim))
         torch.testing.assert_close(found.keys, keys, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(found.values.flatten(1), values[layer][0], atol=2e-4, rtol=1e-4)
         windowed = decoder.model._is_windowed(layer)
         assert found.window == (decoder.shape.sliding_window if windowed else None)
     assert layer == decoder.shape.num_layers - 1

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dseek import plan as planning
 from dseek.core.attention_pattern import DENSE, AttentionPattern
@@ -16,8 +18,14 @@ from dseek.engine.batch import Batch
 from dseek.engine.llm import load
 from dseek.engine.runner import Runner
 from dseek.engine.torch_runner import TorchRunner
+from dseek.models.decoder import Decoder
 from dseek.models.files import open_model
+from dseek.models.gate_file import FILE_NAME, fingerprint
+from dseek.models.projections import _project
+from dseek.ops.attention.dynamic_reference import dynamic_attention_blocked
+from dseek.ops.attention.rotary import rotate
 from dseek.plan.plan import Plan
+from dseek.train.gate_training import GateTraining, new_gates, save_gates
 from tests.models import tiny
 from tests.plan.machines import machine
 
@@ -33,6 +41,8 @@ PATTERNS = {
     "rows": AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=6, min_share=0.1),
     "far": AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=1, far=True),
 }
+BIASES = ([[-2.0, 1.0]], [[0.5, 3.0, -4.0]])
+"""By level; fewer levels than the cache has, and as many."""
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -75,6 +85,65 @@ def test_decode_and_any_chunks_equal_prefill(folder: Path, name: str) -> None:
     assert np.abs(whole - dense)[640:].max() > 0.05
     for chunk in (1, 19, 64, 100):
         np.testing.assert_allclose(logits_of(folder, plan, chunk, ids), whole, atol=TOLERANCE, err_msg=f"chunk {chunk}")
+
+
+def biased(folder: Path, levels: list[list[float]], target: Path) -> tuple[Path, list[torch.Tensor]]:
+    """A copy of the model, beside it a gate that has biases of far cells: other ones in every layer and head."""
+    shutil.copytree(folder, target)
+    with open_model(str(folder)) as files:
+        shape = files.shape
+        gates = new_gates(shape, GateTraining(gate_dim=16))
+        drawn = [torch.randn(shape.num_heads, 1) + torch.tensor(levels) for _ in range(shape.num_layers)]
+        biases = [bias.bfloat16().float() for bias in drawn]
+        dense = torch.zeros(shape.num_layers, shape.num_kv_heads)
+        save_gates(gates, dense, 1e4, fingerprint(files), target / FILE_NAME, level_biases=biases)
+    return target, biases
+
+
+@torch.inference_mode()
+def reference_logits(folder: Path, pattern: AttentionPattern, biases: list[torch.Tensor], ids: list[int]) -> np.ndarray:
+    """The model in PyTorch with the definition of dynamic attention in every layer."""
+    with open_model(str(folder)) as files:
+        decoder = Decoder.from_files(files)
+    model = decoder.model
+    x_TD = model.embed_tokens(torch.tensor(ids))
+    rotation = model.rotary_emb(torch.arange(len(ids)), x_TD.dtype, None)
+    for block, bias in zip(model.layers, biases, strict=True):
+        attention = block.self_attn
+        q, k, v = _project(attention, block.input_layernorm(x_TD))
+        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        out_THd = dynamic_attention_blocked(q, k, v, pattern, level_bias_HL=bias)
+        x_TD = x_TD + attention.o_proj(out_THd.flatten(1))
+        x_TD = x_TD + block.mlp(block.post_attention_layernorm(x_TD))
+    logits: np.ndarray = decoder.lm_head(model.norm(x_TD)).numpy()
+    return logits
+
+
+@pytest.mark.parametrize("levels", BIASES)
+def test_biases_of_far_cells_are_those_of_the_definition(
+    folder: Path, tmp_path: Path, levels: list[list[float]]
+) -> None:
+    torch.manual_seed(7)
+    gated, biases = biased(folder, levels, tmp_path / "gated")
+    plan = make_plan(folder, PATTERNS["far"])
+    ids = tiny.token_ids(NUM_TOKENS, seed=3)
+    whole = logits_of(gated, plan, 256, ids)
+    assert np.abs(whole - logits_of(folder, plan, 256, ids))[640:].max() > 0.05, "the biases do something"
+    for chunk in (1, 100):
+        np.testing.assert_allclose(logits_of(gated, plan, chunk, ids), whole, atol=TOLERANCE, err_msg=f"chunk {chunk}")
+    # The last level that is stored stands for those above.
+    last = biases[0].shape[1] - 1
+    expected = reference_logits(folder, PATTERNS["far"], [bias[:, [0, min(1, last), last]] for bias in biases], ids)
+    np.testing.assert_allclose(whole, expected, atol=TOLERANCE)
+
+
+def test_biases_mean_nothing_without_far_cells(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(8)
+    gated, _ = biased(folder, BIASES[0], tmp_path / "gated")
+    ids = tiny.token_ids(700, seed=3)
+    for name in ("window", "dynamic"):
+        plan = make_plan(folder, PATTERNS[name])
+        np.testing.assert_array_equal(logits_of(gated, plan, 256, ids), logits_of(folder, plan, 256, ids))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])

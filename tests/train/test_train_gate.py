@@ -23,6 +23,7 @@ from dseek.models.decoder import Decoder
 from dseek.models.files import open_model
 from dseek.models.gate_file import FILE_NAME, find_gates, read_gates
 from dseek.plan.plan import Plan
+from dseek.train import level_bias
 from dseek.train.gate_training import GateTraining, make_samples, new_gates, read_samples, train_gates
 from tests.models import tiny
 from tests.plan.machines import machine
@@ -54,6 +55,9 @@ def test_the_file_is_for_its_model_only(folder: Path, gate: Path, tmp_path: Path
         assert find_gates(files) is None
         gates = read_gates(gate, files.shape)
         assert len(gates.layers) == files.shape.num_layers and gates.gate_dim == 16
+        for layer in gates.layers:
+            assert layer.level_bias is not None and layer.level_bias.shape == (files.shape.num_heads, 1)
+            assert layer.level_bias.any()
     shutil.copytree(folder, tmp_path / "same")
     shutil.copy(gate, tmp_path / "same" / FILE_NAME)
     with open_model(str(tmp_path / "same")) as files:
@@ -93,12 +97,58 @@ def test_damaged_files_are_refused(folder: Path, gate: Path, tmp_path: Path) -> 
     none = {name: value for name, value in some.items() if not name.endswith(".window")}
     save_file(none, tmp_path / "none.safetensors", metadata)
     assert read_gates(tmp_path / "none.safetensors", shape).windows == ()
+    bias = tensors["layers.1.level_bias"]
+    bad_biases = [
+        (torch.full_like(bias, float("nan")), "not finite"),
+        (torch.full_like(bias, float("-inf")), "not finite"),
+        (bias.clone().fill_(0).index_fill_(0, torch.tensor(1), -30.25), "level_bias holds -30.25"),
+        (bias.clone().index_fill_(0, torch.tensor(0), 40.0), "level_bias holds 40.0"),
+        (bias[:-1].clone(), "level_bias has the shape"),
+        (bias[:, 0].clone(), "level_bias has the shape"),
+        (bias[:, :0].clone(), "level_bias has the shape"),
+        (bias.repeat(1, 7), "level_bias has the shape"),
+    ]
+    for changed, message in bad_biases:
+        refused(tensors | {"layers.1.level_bias": changed}, metadata, message)
     refused(tensors, metadata | {"theta": "nan"}, "theta 'nan'")
     refused(tensors, metadata | {"format": "other"}, "format 'other'")
     data = gate.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(FileFormatError):
         read_gates(tmp_path / "cut.safetensors", shape)
+
+
+def test_biases_are_optional_and_the_last_level_stands_for_those_above(
+    folder: Path, gate: Path, tmp_path: Path
+) -> None:
+    with open_model(str(folder)) as files:
+        shape = files.shape
+    with safe_open(str(gate), "pt") as stored:
+        metadata = stored.metadata()
+    tensors = dict(_tensors(gate))
+    heads = shape.num_heads
+    del tensors["layers.0.level_bias"]
+    tensors["layers.1.level_bias"] = torch.tensor([[-30.0, 2.0]]).repeat(heads, 1)
+    save_file(tensors, tmp_path / "some.safetensors", metadata)
+    without, with_two = read_gates(tmp_path / "some.safetensors", shape).layers
+    assert without.level_bias is None and without.bias_of_levels(3) is None
+    for levels, expected in ((1, [-30]), (2, [-30, 2]), (4, [-30, 2, 2, 2])):
+        bias = with_two.bias_of_levels(levels)
+        assert bias is not None and bias.dtype == np.float32 and bias.flags.c_contiguous
+        assert bias.tolist() == [expected] * heads
+
+
+def test_a_finished_command_learns_no_bias_again(
+    folder: Path, gate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(gate.parent, tmp_path / "again")
+    options = ["--tokens", "1280", "--samples", "2", "--passes", "2", "--gate-dim", "16"]
+    command = ["train-gate", str(folder), "--text", SOURCE, "--out", str(out), *options]
+    monkeypatch.setattr(level_bias, "fit_level_bias", lambda *_: pytest.fail("a finished layer is learned again"))
+    assert main(command) == 0
+    before, after = dict(_tensors(gate)), dict(_tensors(out / FILE_NAME))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert main([*command, "--seed", "1"]) == 2
 
 
 @pytest.mark.native

@@ -164,6 +164,7 @@ def _colours(drawn: AttentionMap) -> list[str]:
 def _label(place: int, drawn: AttentionMap, far: int) -> str:
     """What a place is called in the legend."""
     if place >= far:
-        return f"by means, cells of {cell_tokens(place - far)} tokens"
+        bias = "" if drawn.level_bias is None else f", bias {drawn.level_bias[place - far]:+.2f}"
+        return f"by means, cells of {cell_tokens(place - far)} tokens{bias}"
     everything = "everything that the layer sees" if drawn.pattern.kind == "dense" else "window and first block"
     return ("", "left out", everything, "selected blocks")[place]

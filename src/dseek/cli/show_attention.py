@@ -182,6 +182,7 @@ def _found(maps: list[AttentionMap], path: Path) -> dict[str, Any]:
             "layer": found.layer,
             "attention": pattern_text(found.pattern),
             "chosen_by": found.chosen_by,
+            "level_bias": found.level_bias,
             "mass_kept": found.kept,
             "mass_in_means": found.in_means,
             "pairs": found.pairs,

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make samples, train, write the gate; an interrupted run goes on when it is started again.
+    """Make samples, train, write the gate with its level biases; a stopped run goes on when it is started again.
 
     Args:
         args: parsed arguments.
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from dseek.models.gate_file import FILE_NAME, fingerprint
     from dseek.models.long_positions import extend_positions
     from dseek.models.window_choice import WindowChoice
-    from dseek.train import gate_training
+    from dseek.train import gate_training, level_bias
     from dseek.train.sample_windows import sample_windows
 
     config = gate_training.GateTraining(gate_dim=args.gate_dim, num_passes=args.passes, seed=args.seed)
@@ -118,13 +118,23 @@ def run(args: argparse.Namespace) -> int:
         texts = _texts(files, args.text, args.samples, lengths, args.seed)
         decoders = _Decoders(files, args.max_position_embeddings)
         samples = gate_training.make_samples(decoders.of, texts, folder / "samples", config, progress)
-        del decoders
         shape = files.shape
+        own = files.shape.max_position_embeddings
+        biases = level_bias.learn_level_biases(
+            decoders.of(own),
+            [text[:own] for text in texts],
+            folder / "level_bias.safetensors",
+            level_bias.LevelBiasTraining(seed=args.seed),
+            progress,
+        )
+        del decoders
         gates = gate_training.new_gates(shape, config)
         gate_training.train_gates(gates, samples, folder / "state.safetensors", config, progress)
         dense = gate_training.dense_heads(gates, samples, config)
         windows = sample_windows(samples, shape, window_choice)
-        gate_training.save_gates(gates, dense, shape.rope.theta, fingerprint(files), folder / FILE_NAME, windows)
+        gate_training.save_gates(
+            gates, dense, shape.rope.theta, fingerprint(files), folder / FILE_NAME, windows, level_biases=biases
+        )
     print(folder / FILE_NAME)
     return 0
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dseek.core.attention_pattern import BLOCK_TOKENS, AttentionPattern, cell_blocks
+from dseek.core.attention_pattern import BLOCK_TOKENS, AttentionPattern, cell_blocks, num_levels
 from dseek.engine.planned_gates import planned_gates
 from dseek.models.decoder import Decoder
 from dseek.models.gate_file import Gates
@@ -50,6 +50,8 @@ class AttentionMap:
     """What the layer attends to by the plan."""
     chosen_by: str | None
     """gate or mean keys: what a descent followed; None where there is none."""
+    level_bias: tuple[float, ...] | None
+    """What is added to the scores of far cells, by level, from the gate; None where nothing is, or there are none."""
     num_tokens: int
     """Length of the text, T."""
     mass: np.ndarray
@@ -185,6 +187,7 @@ def map_head(
         layer=layer,
         head=head,
         pattern=pattern,
+        level_bias=_level_bias(pattern, layer, head, num_tokens, gates),
         chosen_by=None if pattern.kind != "dynamic" else "gate" if pattern.gate else "mean keys",
         num_tokens=num_tokens,
         mass=block_mass(q_THd[:, head], k_TGd[:, group], window).numpy(),
@@ -227,6 +230,16 @@ def _selection(projections: LayerProjections, pattern: AttentionPattern, group: 
     """What a run would choose for one group of heads, block by block."""
     chosen = select(projections.rotated_queries, projections.rotated_keys, pattern)
     return {query_block: (choices[group],) for query_block, choices in chosen.items()}
+
+
+def _level_bias(
+    pattern: AttentionPattern, layer: int, head: int, num_tokens: int, gates: Gates | None
+) -> tuple[float, ...] | None:
+    """A head's biases of far cells, of the levels that the text has."""
+    if gates is None or not pattern.far:
+        return None
+    bias_HL = gates.layers[layer].bias_of_levels(num_levels(num_tokens))
+    return None if bias_HL is None else tuple(bias_HL[head].tolist())
 
 
 def _mark_rows(

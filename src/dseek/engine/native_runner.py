@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dseek.core.attention_pattern import num_levels
 from dseek.core.errors import ConfigError
 from dseek.engine.batch import Batch
 from dseek.engine.planned_gates import planned_gates
@@ -134,7 +135,7 @@ def _build(compiled: ModuleType, files: ModelFiles, plan: Plan) -> Any:
         cache_type=plan.cache_dtype,
     )
     gates = planned_gates(files, plan.attention_patterns)
-    if gates is not None:
+    if gates is not None and any(pattern.gate for pattern in plan.attention_patterns):
         decoder.set_gate_rotation(*gates.rotation(plan.num_pages))
     for layer, formats in enumerate(plan.layer_formats):
         windowed = shape.window_layers is None or shape.window_layers[layer]
@@ -142,12 +143,16 @@ def _build(compiled: ModuleType, files: ModelFiles, plan: Plan) -> Any:
         decoder.add_block(**_block(files, f"model.layers.{layer}.", formats), window=window)
         pattern = plan.attention_patterns[layer]
         if pattern.kind != "dense":
+            level_bias = None
+            if gates is not None and pattern.far:
+                level_bias = gates.layers[layer].bias_of_levels(num_levels(plan.num_pages * PAGE_TOKENS))
             decoder.set_pattern(
                 layer,
                 near_blocks=list(pattern.near_blocks(shape.num_kv_heads)),
                 top_blocks=pattern.top_blocks,
                 far=pattern.far,
                 min_share=pattern.min_share,
+                level_bias=level_bias,
                 gate=gates.layers[layer].learned if gates is not None and pattern.gate else None,
             )
         files.release()

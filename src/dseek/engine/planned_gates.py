@@ -11,23 +11,24 @@ from dseek.models.gate_file import FILE_NAME, Gates, find_gates
 
 
 def planned_gates(files: ModelFiles, patterns: Sequence[AttentionPattern]) -> Gates | None:
-    """Find the gates that patterns follow.
+    """Find the gates that patterns follow, or whose biases their far cells take.
 
     Args:
         files: the opened model.
         patterns: of the layers that are to run.
 
     Returns:
-        The gates, or None where no pattern follows any.
+        The gates, or None where no pattern needs any, or where far cells alone do and the model has none.
 
     Raises:
         ConfigError: a pattern follows a gate and the model has none.
         FileFormatError: the file beside the model is damaged or for another model.
     """
-    if not any(pattern.gate for pattern in patterns):
+    followed = any(pattern.gate for pattern in patterns)
+    if not followed and not any(pattern.far for pattern in patterns):
         return None
     gates = find_gates(files)
-    if gates is None:
+    if gates is None and followed:
         raise ConfigError(
             f"the plan follows a trained gate, and {files.name} has none",
             needed=f"{FILE_NAME} beside the model",

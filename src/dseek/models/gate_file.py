@@ -8,6 +8,10 @@ value heads, d head width, g gate width (a multiple of 16), L levels; dense is 1
 since no gate finds what they look for, and 0 for the others. It MAY carry `layers.i.window` [G], for all layers or for
 none: the window of each key and value head in tokens, one of 64, 128, ... 4096. What the numbers mean says
 `dseek.train.gate`.
+
+It MAY also carry `layers.i.level_bias` [H, M], M from 1 to 6, which is added to the scores of far cells by level (those
+of one block first) and lies between -30 and 30; levels beyond M take the last one's. A layer without it has no bias.
+See `dseek.train.level_bias`.
 """
 
 from __future__ import annotations
@@ -43,6 +47,9 @@ MAX_LEVELS = 6
 LEARNED_PARTS = ("query", "key", "query_gain", "key_gain", "scale", "own", "own_bias")
 PARTS = (*LEARNED_PARTS, "dense")
 
+MAX_LEVEL_BIAS = 30.0
+"""Bound on biases of far cells: at minus that, a level is as good as switched off."""
+
 
 @dataclass(frozen=True, slots=True)
 class LayerGate:
@@ -66,11 +73,28 @@ class LayerGate:
     """[G], 1 for heads that see everything."""
     window: np.ndarray | None = None
     """[G], tokens; None where the file does not say."""
+    level_bias: np.ndarray | None = None
+    """[H, M], added to the scores of far cells by level, or None."""
 
     @property
     def learned(self) -> tuple[np.ndarray, ...]:
         """What the kernels take, in their order."""
         return tuple(getattr(self, part) for part in LEARNED_PARTS)
+
+    def bias_of_levels(self, num_levels: int) -> np.ndarray | None:
+        """Give far cells of every level their bias.
+
+        Args:
+            num_levels: levels L that there may be. Those that are not stored take the last one's bias: larger cells are
+                wrong by something nearer to that than to nothing.
+
+        Returns:
+            float32 [H, L], or None where none is stored.
+        """
+        if self.level_bias is None:
+            return None
+        last = self.level_bias.shape[1] - 1
+        return np.ascontiguousarray(self.level_bias[:, np.minimum(np.arange(num_levels), last)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,11 +257,35 @@ def _read_layer(stored: SafetensorsFile, layer: int, shape: ModelShape) -> Layer
                 "multiple of 16",
                 remedy="train a gate for this model with `dseek train-gate`",
             )
-    return LayerGate(**arrays, window=_read_windows(stored, f"layers.{layer}.window", groups))
+    return LayerGate(
+        **arrays,
+        window=_read_windows(stored, f"layers.{layer}.window", groups),
+        level_bias=_read_level_bias(stored, f"layers.{layer}.level_bias", heads),
+    )
+
+
+def _read_level_bias(stored: SafetensorsFile, name: str, num_heads: int) -> np.ndarray | None:
+    """Read and check the bias of far cells, which need not be there."""
+    if name not in stored.tensors:
+        return None
+    shape = stored.tensors[name].shape
+    if len(shape) != 2 or shape[0] != num_heads or not 1 <= shape[1] <= MAX_LEVELS:
+        raise FileFormatError(
+            f"{stored.path}: {name} has the shape {list(shape)}",
+            needed=f"{num_heads} heads and 1 to {MAX_LEVELS} levels",
+            remedy="train a gate for this model with `dseek train-gate`",
+        )
+    bias_HM = _read_array(stored, name)
+    if np.abs(bias_HM).max() > MAX_LEVEL_BIAS:
+        raise FileFormatError(
+            f"{stored.path}: {name} holds {float(bias_HM.flat[np.abs(bias_HM).argmax()])}",
+            needed=f"{-MAX_LEVEL_BIAS} to {MAX_LEVEL_BIAS}",
+        )
+    return bias_HM
 
 
 def _read_array(stored: SafetensorsFile, name: str) -> np.ndarray:
-    """Read a tensor and check that its numbers are some."""
+    """Read a tensor as float32."""
     tensor = stored.tensors[name]
     encoded = EncodedTensor(name, tensor.shape, tensor.encoding, stored.data(name))
     array = np.array(to_float32(encoded), dtype=np.float32, order="C")

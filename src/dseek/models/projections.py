@@ -1,4 +1,4 @@
-"""What goes into the attention of each layer: queries and keys of a text, layer by layer, as a `Decoder` runs over it.
+"""What goes into attention: queries, keys and values of a text, layer by layer, as a `Decoder` runs over it.
 
 The layers attend to everything (or to the model's own sliding window), whatever a plan would let them see. Nothing of
 the size tokens x tokens is built: attention runs in PyTorch's fused kernel or over chunks of rows. T tokens, D model
@@ -26,7 +26,7 @@ WINDOW_CHUNK_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class LayerProjections:
-    """Queries and keys of one layer, in the dtype of the decoder."""
+    """Queries, keys and values of one layer, in the dtype of the decoder."""
 
     queries: torch.Tensor
     """[T, H, d], before rotation."""
@@ -36,6 +36,8 @@ class LayerProjections:
     """[T, H, d]."""
     rotated_keys: torch.Tensor
     """[T, G, d]."""
+    values: torch.Tensor
+    """[T, G, d]."""
     window: int | None
     """The model's own sliding window in this layer, in tokens with the query's own; None where it has none."""
 
@@ -44,7 +46,7 @@ class LayerProjections:
 def layer_projections(
     decoder: Decoder, token_ids: torch.Tensor, context_tokens: int | None = None
 ) -> Iterator[LayerProjections]:
-    """Run a text through a model and give each layer's queries and keys as it passes.
+    """Run a text through a model and give each layer's queries, keys and values as it passes.
 
     A layer is computed beyond its projections only when the next one is asked for.
 
@@ -66,7 +68,7 @@ def layer_projections(
         q_rotated_THd, k_rotated_TGd = rotate(q_THd, *rotation), rotate(k_TGd, *rotation)
         windowed = shape.window_layers is None or shape.window_layers[layer]
         window = shape.sliding_window if windowed else None
-        yield LayerProjections(q_THd, k_TGd, q_rotated_THd, k_rotated_TGd, window)
+        yield LayerProjections(q_THd, k_TGd, q_rotated_THd, k_rotated_TGd, v_TGd, window)
         out_THd = _attend(q_rotated_THd, k_rotated_TGd, v_TGd, window)
         x_TD = x_TD + attention.o_proj(out_THd.flatten(1))
         mixed = [block.mlp(block.post_attention_layernorm(x_RD)) for x_RD in x_TD.split(CHUNK_ROWS)]

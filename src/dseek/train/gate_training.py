@@ -363,6 +363,8 @@ def save_gates(
     model: str,
     path: Path,
     windows_LG: torch.Tensor | None = None,
+    *,
+    level_biases: Sequence[torch.Tensor] = (),
 ) -> None:
     """Write gates as `dseek.models.gate_file` reads them, in bfloat16.
 
@@ -373,10 +375,12 @@ def save_gates(
         model: fingerprint of the model.
         path: the file, written whole or not at all.
         windows_LG: of `dseek.train.sample_windows`, powers of two, which bfloat16 holds as they are; None for none.
+        level_biases: [H, M] of each layer, of `dseek.train.level_bias`, or none.
     """
     tensors = {f"layers.{layer}.dense": dense.bfloat16() for layer, dense in enumerate(dense_LG)}
     if windows_LG is not None:
         tensors |= {f"layers.{layer}.window": windows_G.bfloat16() for layer, windows_G in enumerate(windows_LG)}
+    tensors |= {f"layers.{layer}.level_bias": bias.bfloat16() for layer, bias in enumerate(level_biases)}
     for layer, gate in enumerate(_as_list(gates)):
         for part in gate_file.LEARNED_PARTS:
             tensors[f"layers.{layer}.{part}"] = getattr(gate, part).detach().bfloat16().contiguous()
