@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import os
@@ -54,6 +55,7 @@ def join(timeout_s: float = TIMEOUT_S) -> Ranks:
             raise ConfigError(f"the ranks' environment variables are wrong ({error})") from error
         except RuntimeError as error:
             raise PeerError(f"the ranks did not come together ({_first_line(error)})") from error
+        atexit.register(_leave)
     if dist.get_backend() == "nccl":
         raise ConfigError("the process group's backend is nccl", needed="gloo: the cache lies in the CPU's memory")
     return Ranks()
@@ -143,6 +145,12 @@ def measure_link(ranks: Ranks, *, num_bytes: int = 1 << 20, repeats: int = 3) ->
     empty_s, full_s = slowest.tolist()
     num_peers = ranks.world_size - 1
     return Link(latency_s=empty_s / num_peers, gbs=num_peers * num_bytes / max(full_s - empty_s, 1e-9) / 1e9)
+
+
+def _leave() -> None:
+    """End the group that `join` made, before the interpreter goes and the backend's threads with it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _first_line(error: BaseException) -> str:
