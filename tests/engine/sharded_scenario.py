@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from dseek.engine.llm import load
 from dseek.engine.runner import Runner
 from dseek.plan.plan import Plan
 from tests.models import tiny
+
+Piece = tuple[np.ndarray, int, list[int]]
+"""The page table of a sequence, its first new position and its new tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,8 @@ class Case:
     """Most rows of a step."""
     strategy: str = "auto"
     """How it is shared out."""
+    answers: bool = False
+    """Whether the engine's own loop runs too."""
 
 
 def play(case: Case, *, sharded: bool) -> dict[str, Any]:
@@ -52,10 +58,10 @@ def play(case: Case, *, sharded: bool) -> dict[str, Any]:
         shared = min(2, case.num_tokens // 64)
         second[:shared] = first[:shared]
         logits = []
-        # 1. The first text, the logits of its last rows with the last chunk.
+        # 1. The first text, with the last chunk the logits of twelve of its rows, more than some kernels call few.
         for start in range(0, case.num_tokens, case.chunk):
             end = min(start + case.chunk, case.num_tokens)
-            rows = [end - start - 1] if end < case.num_tokens else list(range(max(0, end - start - 3), end - start))
+            rows = np.unique(np.linspace(0, end - start - 1, 12 if end == case.num_tokens else 1, dtype=np.int64))
             logits.append(run(runner, [(first, start, ids[start:end])], rows))
         # 2. Two steps of decoding.
         for step in range(2):
@@ -72,13 +78,13 @@ def play(case: Case, *, sharded: bool) -> dict[str, Any]:
             **{f"logits {step}": rows for step, rows in enumerate(logits)},
             "cache": hashlib.sha256(native.cache_pages()[pages].tobytes()).hexdigest(),
             "selections": selections(native, plan, first, case.num_tokens),
-            "answer": llm.generate([ids[:500]], max_new_tokens=6, temperature=0.7, seed=1)[0].token_ids,
+            "answer": llm.generate([ids], max_new_tokens=6, seed=1)[0].token_ids if case.answers else (),
             "sharded_batches": runner.num_sharded if sharded else 0,
         }
 
 
-def run(runner: Runner, pieces: list[tuple[np.ndarray, int, list[int]]], logit_rows: list[int]) -> np.ndarray:
-    """Compute a batch of sequences, each a page table, its first position and its tokens."""
+def run(runner: Runner, pieces: Sequence[Piece], logit_rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Compute a batch of sequences."""
     starts = np.cumsum([0, *(len(ids) for _, _, ids in pieces)], dtype=np.int32)
     batch = Batch(
         np.concatenate([np.array(ids, dtype=np.int32) for _, _, ids in pieces]),

@@ -56,7 +56,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         "blocks folded": case(nine, BLOCKS, "int8", "int8", strategy="zigzag", num_tokens=1409),
         "far": case(nine, FAR, "bf16", "bf16", strategy="contiguous", chunk=1090),
         "rows": case(heads, ROWS, "bf16", "bf16", strategy="zigzag", chunk=1030),
-        "gate": case("gate", ROWS, "int8", "int8", strategy="contiguous"),
+        "gate": case("gate", ROWS, "int8", "int8", strategy="contiguous", answers=True),
         "short": case(nine, BLOCKS, "bf16", "bf16", strategy="zigzag", num_tokens=5),
         "auto": case(nine, ROWS, "bf16", "bf16", strategy="auto"),
     }
@@ -111,8 +111,11 @@ def alone(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
 def test_ranks_compute_what_one_computes(
     world_size: int, cases: dict[str, Case], alone: dict[str, dict[str, Any]]
 ) -> None:
+    if world_size == 1:
+        cases = {name: cases[name] for name in ("gate", "short")}
     ranks = run_ranks(world_size, play_all, cases)
-    for name, expected in alone.items():
+    for name in cases:
+        expected = alone[name]
         for rank, results in enumerate(ranks):
             found = results[name]
             for key, value in expected.items():

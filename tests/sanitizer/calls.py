@@ -90,6 +90,9 @@ def damaged(value: Any, rng: np.random.Generator) -> Any:
         return NUMBERS[rng.integers(len(NUMBERS))] if rng.random() < 0.7 else value + int(rng.integers(-1, 2))
     if isinstance(value, float):
         return float(rng.choice(VALUES))
+    if isinstance(value, tuple) and value and isinstance(value[0], np.ndarray):
+        place = int(rng.integers(len(value)))
+        return (*value[:place], damaged_array(value[place], rng), *value[place + 1 :])
     if isinstance(value, list) and value and isinstance(value[0], tuple):
         changed = [list(part) for part in value]
         part = changed[int(rng.integers(len(changed)))]

@@ -1,18 +1,23 @@
-"""What the layers of a plan cost a block, for deciding how ranks share a prompt."""
+"""How ranks share the new rows of a sequence, decided by what the layers of the plan cost."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dseek.parallel.sharding import BLOCK_TOKENS
-from dseek.parallel.strategy import AttentionWork
+from dseek.engine.batch_parts import Blocks, is_even_enough
+from dseek.parallel.sharding import BLOCK_TOKENS, BlockAssignment, balanced_assignment
+from dseek.parallel.strategy import AttentionWork, Link, ShardStrategy, compare_assignments, predict_seconds
 
 if TYPE_CHECKING:
     from dseek.core.shape import ModelShape
     from dseek.plan.plan import Plan
+
+BLOCKS_PER_RANK = 2
+"""A sequence with fewer new blocks a rank is not shared out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,37 @@ def layer_works(plan: Plan, *, block_bytes: int) -> Counter[LayerWork]:
     return Counter(
         LayerWork(dataclasses.replace(work, block_s=linear * seconds, pair_s=pair * seconds)) for work in layers
     )
+
+
+def share_out(
+    works: Mapping[LayerWork, int], blocks: Blocks, world_size: int, strategy: ShardStrategy, link: Link | None
+) -> BlockAssignment | None:
+    """Share out the new blocks of a sequence, or say that every rank should compute all of them.
+
+    Args:
+        works: how many layers do which work.
+        blocks: the new blocks.
+        world_size: ranks.
+        strategy: contiguous, zigzag, or auto for the faster of the two.
+        link: between the ranks; None leaves messages out of the account.
+
+    Returns:
+        The owners, counted from the first new block. None where the sequence is short, a rank would have fewer than 64
+        rows, or, with auto, one rank alone is predicted to be as fast.
+    """
+    if blocks.num_blocks < BLOCKS_PER_RANK * world_size:
+        return None
+    layers: Counter[AttentionWork] = Counter()
+    for work, count in works.items():
+        layers[work(blocks.first_block, blocks.num_blocks)] += count
+    alone = balanced_assignment(blocks.num_blocks, 1)
+    alone_s = sum(count * predict_seconds(work, alone) for work, count in layers.items())
+    for seconds, assignment in compare_assignments(layers, world_size, strategy, link):
+        if strategy == "auto" and seconds >= alone_s:
+            return None
+        if is_even_enough(blocks, assignment):
+            return assignment
+    return None
 
 
 def _weights(shape: ModelShape) -> int:

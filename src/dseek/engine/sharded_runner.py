@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,23 +21,20 @@ import torch
 
 from dseek.core.logs import get_logger
 from dseek.engine.batch import Batch
-from dseek.engine.batch_parts import MIN_ROWS, Part, blocks_of, is_even_enough, owned_pages, part_of
+from dseek.engine.batch_parts import Part, blocks_of, owned_pages, part_of
 from dseek.engine.runner import Runner
-from dseek.engine.shard_work import layer_works
+from dseek.engine.shard_work import BLOCKS_PER_RANK, layer_works, share_out
 from dseek.ops import native
 from dseek.parallel.meeting import agree, agree_on_text, expecting, measure_link
 from dseek.parallel.ranks import Ranks
-from dseek.parallel.sharding import BlockAssignment, balanced_assignment
-from dseek.parallel.strategy import AttentionWork, ShardStrategy, check_strategy, compare_assignments, predict_seconds
+from dseek.parallel.sharding import BLOCK_TOKENS, BlockAssignment
+from dseek.parallel.strategy import ShardStrategy, check_strategy
 
 if TYPE_CHECKING:
     from dseek.engine.native_runner import NativeRunner
     from dseek.plan.plan import Plan
 
 logger = get_logger("dseek.engine")
-
-BLOCKS_PER_RANK = 2
-"""A sequence with fewer new blocks a rank is not shared out."""
 
 STEPS_BETWEEN_CHECKS = 16
 """Batches that every rank computes whole are compared among the ranks so often."""
@@ -77,7 +73,7 @@ class ShardedRunner(Runner):
         self._seeds = random.Random(int(seed))
         self._history = hashlib.sha256()
         self._steps_unchecked = 0
-        least = BLOCKS_PER_RANK * MIN_ROWS * ranks.world_size
+        least = BLOCKS_PER_RANK * BLOCK_TOKENS * ranks.world_size
         if ranks.world_size > 1 and plan.prefill_chunk_tokens < least:
             logger.warning(
                 "no prompt will be shared out: a step of the plan has at most %d rows, and %d ranks need %d",
@@ -154,20 +150,8 @@ class ShardedRunner(Runner):
 
     def _assign(self, batch: Batch, sequence: int) -> BlockAssignment | None:
         """Share out the blocks of a sequence, or leave it to every rank."""
-        blocks, world_size = blocks_of(batch, sequence), self.ranks.world_size
-        if blocks.num_blocks < BLOCKS_PER_RANK * world_size:
-            return None
-        works: Counter[AttentionWork] = Counter()
-        for work, count in self._works.items():
-            works[work(blocks.first_block, blocks.num_blocks)] += count
-        alone = balanced_assignment(blocks.num_blocks, 1)
-        alone_s = sum(count * predict_seconds(work, alone) for work, count in works.items())
-        for seconds, assignment in compare_assignments(works, world_size, self._strategy, self._link):
-            if self._strategy == "auto" and seconds >= alone_s:
-                return None
-            if is_even_enough(blocks, assignment):
-                return assignment
-        return None
+        blocks = blocks_of(batch, sequence)
+        return share_out(self._works, blocks, self.ranks.world_size, self._strategy, self._link)
 
     def _check_agreement(self, batch: Batch, is_sharded: bool) -> None:
         """Compare what the ranks were given. A digest is always the next message, whichever way they differ."""

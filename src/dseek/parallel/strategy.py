@@ -202,7 +202,7 @@ def compare_assignments(
         link: between the ranks; None leaves messages out of the account.
 
     Returns:
-        Predicted seconds of all layers, and the owners; the fastest first.
+        Predicted seconds of all layers, and the owners; the fastest first, of equally fast ones the contiguous.
 
     Raises:
         ConfigError: no rank, or an unknown strategy.
@@ -210,11 +210,11 @@ def compare_assignments(
     check_strategy(strategy)
     num_blocks = next(iter(layers)).num_blocks
     candidates = []
-    if strategy != "contiguous":
-        candidates.append(balanced_assignment(num_blocks, world_size, layout="zigzag"))
     if strategy != "zigzag":
         candidates += [assign_blocks(work, world_size, "contiguous", link) for work in layers]
         candidates.append(balanced_assignment(num_blocks, world_size))
+    if strategy != "contiguous":
+        candidates.append(balanced_assignment(num_blocks, world_size, layout="zigzag"))
     timed = [
         (sum(count * predict_seconds(work, owners, link) for work, count in layers.items()), owners)
         for owners in candidates
