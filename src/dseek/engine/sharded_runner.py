@@ -105,13 +105,15 @@ class ShardedRunner(Runner):
         self.num_sharded += 1
         parts = [part_of(batch, assignments, rank) for rank in range(self.ranks.world_size)]
         pages = [owned_pages(batch, assignments, rank) for rank in range(self.ranks.world_size)]
-        exchange = _PageExchange(self.ranks, pages, self._cache.shape[2])
         cache = self._cache
-        own = parts[self.ranks.rank]
-        logits = self.runner.forward_part(own.batch, batch, lambda layer: exchange(cache[:, layer], f"layer {layer}"))
+        exchange = _PageExchange(self.ranks, pages, cache.shape[2:])
+
+        def exchange_layer(layer: int) -> None:
+            exchange(cache[:, layer], f"keys and values of layer {layer}")
+
+        logits = self.runner.forward_part(parts[self.ranks.rank].batch, batch, exchange_layer)
         for selections in self._selections:
-            flat = np.prod(selections.shape[1:])
-            _PageExchange(self.ranks, pages, int(flat))(selections, "what queries selected")
+            _PageExchange(self.ranks, pages, selections.shape[1:])(selections, "what queries selected")
         return self._gather_logits(batch, parts, logits)
 
     def selection(
@@ -183,18 +185,19 @@ class ShardedRunner(Runner):
 class _PageExchange:
     """Gives every rank the pages of all others, of an array that has them first."""
 
-    def __init__(self, ranks: Ranks, pages: Sequence[np.ndarray], page_bytes: int) -> None:
+    def __init__(self, ranks: Ranks, pages: Sequence[np.ndarray], page_shape: tuple[int, ...]) -> None:
         self._ranks = ranks
         self._pages = pages
         most = max(map(len, pages))
-        self._sent = torch.zeros((most, page_bytes), dtype=torch.uint8)
-        self._received = torch.empty((ranks.world_size, most, page_bytes), dtype=torch.uint8)
+        self._sent = torch.zeros((most, *page_shape), dtype=torch.uint8)
+        self._received = torch.empty((ranks.world_size, most, *page_shape), dtype=torch.uint8)
 
     def __call__(self, memory: np.ndarray, what: str) -> None:
-        own = self._pages[self._ranks.rank]
-        self._sent.numpy()[: len(own)] = memory[own].reshape(len(own), -1)
-        with expecting(f"keys and values of {what}" if what.startswith("layer") else what):
+        sent = self._sent.numpy()
+        for place, page in enumerate(self._pages[self._ranks.rank]):
+            sent[place] = memory[page]
+        with expecting(what):
             received = self._ranks.all_gather(self._sent, self._received)
         for rank, pages in enumerate(self._pages):
             if rank != self._ranks.rank:
-                memory[pages] = received[rank].numpy()[: len(pages)].reshape(len(pages), *memory.shape[1:])
+                memory[pages] = received[rank].numpy()[: len(pages)]
