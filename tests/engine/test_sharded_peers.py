@@ -56,22 +56,21 @@ def start(folder: Path, trouble: str, repo: Path) -> list[subprocess.Popen[str]]
     ]
 
 
-@pytest.mark.parametrize(
-    ("trouble", "message"),
-    [
-        ("dies", "PeerError: a peer died or does not answer: keys and values of layer 1 did not arrive"),
-        ("is silent", "PeerError: a peer died or does not answer: keys and values of layer 1 did not arrive"),
-        ("disagrees", "PeerError: rank 0 has another batch than ranks [1]"),
-    ],
-)
-def test_trouble_of_one_rank_is_an_error_of_the_other(folder: Path, repo: Path, trouble: str, message: str) -> None:
-    ranks = start(folder, trouble, repo)
+def test_trouble_of_one_rank_is_an_error_of_the_other(folder: Path, repo: Path) -> None:
+    silence = "PeerError: a peer died or does not answer: keys and values of layer 1 did not arrive"
+    messages = {
+        "dies": silence,
+        "is silent": silence,
+        "disagrees": "PeerError: rank 0 has another batch than ranks [1]",
+    }
+    runs = {trouble: start(folder, trouble, repo) for trouble in messages}
     try:
-        out, errors = ranks[0].communicate(timeout=200)
-        assert message in out, errors
-        assert ranks[0].returncode == 1
+        for trouble, message in messages.items():
+            out, errors = runs[trouble][0].communicate(timeout=200)
+            assert message in out, f"{trouble}: {out}\n{errors}"
+            assert runs[trouble][0].returncode == 1, trouble
     finally:
-        for process in ranks:
+        for process in (process for ranks in runs.values() for process in ranks):
             process.kill()
             process.communicate()
 
