@@ -86,7 +86,7 @@ class Engine:
                 needed=f"fewer than the context's {self.context_tokens}",
                 remedy="shorten it or raise the context",
             )
-        if params.seed is None:
+        if params.seed is None and params.temperature > 0:
             params = dataclasses.replace(params, seed=self.runner.fresh_seed())
         request = Request(
             self._num_requests,
