@@ -90,6 +90,9 @@ def damaged(value: Any, rng: np.random.Generator) -> Any:
         return NUMBERS[rng.integers(len(NUMBERS))] if rng.random() < 0.7 else value + int(rng.integers(-1, 2))
     if isinstance(value, float):
         return float(rng.choice(VALUES))
+    if isinstance(value, tuple) and value and isinstance(value[0], np.ndarray):
+        place = int(rng.integers(len(value)))
+        return (*value[:place], damaged_array(value[place], rng), *value[place + 1 :])
     if isinstance(value, list) and value and isinstance(value[0], tuple):
         changed = [list(part) for part in value]
         part = changed[int(rng.integers(len(changed)))]
@@ -264,7 +267,15 @@ class Caller:
         if hidden:
             del arguments["token_ids"], arguments["logit_rows"]
             arguments |= {"x": self.floats(len(arguments["positions"]), SIZES.hidden), "block_begin": 0, "block_end": 2}
+        elif rng.random() < 0.3:
+            spans = np.array([(0, first + count) for first, count in rows], dtype=np.int32)
+            arguments |= {"wholes": (spans, arguments["page_tables"].copy()), "exchange": self.exchange}
         return arguments
+
+    def exchange(self, layer: int) -> None:
+        """Now and then fail between two steps of a layer."""
+        if self.rng.random() < 0.1:
+            raise RuntimeError(f"layer {layer} was not exchanged")
 
     def call(self, name: str, *, harm: bool) -> None:
         """Call a binding once.
@@ -290,6 +301,10 @@ class Caller:
             share = {"min_share": 0.1} if name == "Decoder.row_selection" else {}
             decoder.set_pattern(0, near_blocks=[1, 1], top_blocks=1, **share)
             decoder.allocate_cache(4)
+        if name in ("Decoder.cache_pages", "Decoder.selections"):
+            decoder = self.native.Decoder(**self.arguments("Decoder"))  # one whose cache nothing else allocates
+            decoder.set_pattern(0, near_blocks=[1, 1], top_blocks=1)
+            decoder.allocate_cache(2)
         function = getattr(decoder if owner else self.native, method)
         try:
             function(**arguments)

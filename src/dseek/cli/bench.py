@@ -15,7 +15,17 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dseek.cli.options import add_json, add_model, add_run_options, load_from, positive_int, positive_ints
+from dseek.cli.options import (
+    add_json,
+    add_model,
+    add_run_options,
+    add_shard_option,
+    is_first,
+    load_from,
+    positive_int,
+    positive_ints,
+    ranks_from,
+)
 from dseek.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -81,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=positive_int, default=3, metavar="N", help="runs of a case (default: %(default)s)"
     )
     add_run_options(parser)
+    add_shard_option(parser)
     add_json(parser)
 
 
@@ -100,23 +111,25 @@ def run(args: argparse.Namespace) -> int:
 
     contexts = args.contexts or DEFAULT_CONTEXTS
     needed = max(contexts) + args.tokens
+    ranks = ranks_from(args)
     with load_from(args, batch=max(args.batches), **_job(args, needed)) as llm:
         _check_fits(llm.plan, needed, max(args.batches))
         machine = planned_machine(llm.plan)
         bounds = limits(llm.plan, machine)
         _measure(llm, min(contexts), 1, 4, 1)  # Pages are mapped and clocks are up when it counts.
+        show_progress = sys.stderr.isatty() and is_first(ranks)
         cases = []
         for context_tokens in contexts:
             for batch in args.batches:
-                if sys.stderr.isatty():
+                if show_progress:
                     print(f"\r\033[Kcontext {context_tokens}, batch {batch}", end="", file=sys.stderr, flush=True)
                 prefill_s, decode_s = _measure(llm, context_tokens, batch, args.tokens, args.repeats)
                 cases.append(_case(llm.plan, machine, bounds, context_tokens, batch, prefill_s, decode_s))
-        if sys.stderr.isatty():
+        if show_progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-        if args.json:
+        if args.json and is_first(ranks):
             print(json.dumps(_summary(llm, bounds, cases)))
-        else:
+        elif is_first(ranks):
             _print_table(llm, bounds, cases)
     return 0
 

@@ -8,13 +8,25 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from dseek.cli.options import add_json, add_model, add_run_options, add_sampling, load_from, open_from, sampling_from
+from dseek.cli.options import (
+    add_json,
+    add_model,
+    add_run_options,
+    add_sampling,
+    add_shard_option,
+    is_first,
+    load_from,
+    open_from,
+    ranks_from,
+    sampling_from,
+)
 from dseek.core.errors import RequestError
 
 if TYPE_CHECKING:
     from dseek.engine.llm import LLM
     from dseek.engine.request import Request
     from dseek.models.files import ModelFiles
+    from dseek.parallel.ranks import Ranks
 
 HELP = "answer one prompt"
 
@@ -34,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print no speeds on stderr")
     add_sampling(parser, max_tokens=128, temperature=0.0)
     add_run_options(parser)
+    add_shard_option(parser)
     add_json(parser)
 
 
@@ -53,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
     started_s = time.perf_counter()
     params = sampling_from(args)
-    prompt = _read_prompt(args.prompt)
+    ranks = ranks_from(args)
+    prompt = _read_prompt(args.prompt, ranks)
 
     # 1. The prompt and the answer's length decide what is planned for, so they come before the plan.
     files = open_from(args)
@@ -69,21 +83,30 @@ def run(args: argparse.Namespace) -> int:
         load_s = time.perf_counter() - started_s
         request = llm.submit(token_ids, params)
         for piece in llm.pieces(request):
-            if not args.json:
+            if not args.json and is_first(ranks):
                 sys.stdout.write(piece)
                 sys.stdout.flush()
-        _finish(args, llm, request, load_s)
+        if is_first(ranks):
+            _finish(args, llm, request, load_s)
     return 0
 
 
-def _read_prompt(prompt: str) -> str:
-    """The prompt, from stdin where it is a dash."""
+def _read_prompt(prompt: str, ranks: Ranks | None) -> str:
+    """The prompt, from stdin where it is a dash; ranks may share one stdin, which the first then reads for all."""
     if prompt != "-":
         return prompt
-    try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise RequestError(f"stdin is not text ({error})", needed="UTF-8") from error
+    text = None
+    if is_first(ranks):
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise RequestError(f"stdin is not text ({error})", needed="UTF-8") from error
+    if ranks is None:
+        return text or ""
+    from dseek.parallel.meeting import expecting
+
+    with expecting("the prompt"):
+        return ranks.broadcast_text(text)
 
 
 def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dseek.engine.llm import LLM
     from dseek.engine.request import SamplingParams
     from dseek.models.files import ModelFiles
+    from dseek.parallel.ranks import Ranks
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
 """Precision modes, as in DSEEK_PRECISION_MODE."""
@@ -21,6 +22,9 @@ ROPE_SCALINGS = ("auto", "yarn", "dynamic", "linear", "none")
 
 ATTENTIONS = ("auto", *KINDS)
 """What attention may be asked for."""
+
+SHARD_STRATEGIES = ("auto", "contiguous", "zigzag")
+"""Ways to share a long prompt out to ranks, as in `dseek.parallel.strategy`."""
 
 
 def positive_int(text: str) -> int:
@@ -125,6 +129,47 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--context", type=positive_int, metavar="N", help="tokens a conversation may hold")
     add_position_options(group)
     add_attention_options(group)
+
+
+def add_shard_option(parser: argparse.ArgumentParser) -> None:
+    """Add --shard-strategy.
+
+    Args:
+        parser: the verb's parser.
+    """
+    parser.add_argument(
+        "--shard-strategy",
+        choices=SHARD_STRATEGIES,
+        help="share long prompts out to the ranks that torchrun has started (default: each process runs alone)",
+    )
+
+
+def ranks_from(args: argparse.Namespace) -> Ranks | None:
+    """Meet the other ranks, if `add_shard_option` parsed a strategy.
+
+    Args:
+        args: parsed arguments.
+
+    Returns:
+        This process among its peers, or None where it runs alone. Only rank 0 writes to stdout.
+
+    Raises:
+        DseekError: nothing says who the peers are, or one did not come.
+    """
+    if args.shard_strategy is None:
+        return None
+    from dseek.engine.sharding import meet
+
+    return meet(args.shard_strategy)
+
+
+def is_first(ranks: Ranks | None) -> bool:
+    """Say whether this process speaks for all.
+
+    Args:
+        ranks: from `ranks_from`.
+    """
+    return ranks is None or ranks.rank == 0
 
 
 def add_attention_options(parser: argparse._ActionsContainer) -> None:
@@ -322,8 +367,10 @@ def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overr
         "rope_scaling": args.rope_scaling,
         **attention_from(args),
     }
+    options["shard_strategy"] = getattr(args, "shard_strategy", None)
     options.update(overrides)
-    if options["plan"] is None:
+    # Where several ranks run, the first one plans for all.
+    if options["plan"] is None and (options["shard_strategy"] is None or is_first(ranks_from(args))):
         options["machine"] = measured_machine()
     with shown_calibration():
         return load(args.model if files is None else files, **options)

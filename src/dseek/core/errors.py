@@ -50,5 +50,11 @@ class RequestError(DseekError):
     """A request that cannot be served: token ids out of range, a prompt beyond the context, a bad sampling value."""
 
 
+class PeerError(DseekError):
+    """A rank that died, does not answer, or was given other work than its peers."""
+
+    exit_status = 1
+
+
 class MemoryLimitError(DseekError):
     """The plan foresees more memory than the machine (or the user's limit) has."""

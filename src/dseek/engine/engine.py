@@ -6,6 +6,7 @@ time may use an engine. Nothing here knows how the model is computed: that is th
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import time
 from collections.abc import Iterator, Sequence
@@ -85,6 +86,8 @@ class Engine:
                 needed=f"fewer than the context's {self.context_tokens}",
                 remedy="shorten it or raise the context",
             )
+        if params.seed is None and params.temperature > 0:
+            params = dataclasses.replace(params, seed=self.runner.fresh_seed())
         request = Request(
             self._num_requests,
             token_ids,

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from dseek.models.files import ModelFiles
     from dseek.models.long_positions import Scaling
     from dseek.models.tokenizer import Tokenizer
+    from dseek.parallel.strategy import ShardStrategy
     from dseek.plan.objective import ObjectiveKind
     from dseek.plan.plan import Plan
 
@@ -78,6 +79,7 @@ def load(
     attention_top_blocks: int | None = None,
     attention_far: bool | None = None,
     attention_min_share: float | None = None,
+    shard_strategy: ShardStrategy | None = None,
 ) -> LLM:
     """Open a model, plan its run and make it ready to answer.
 
@@ -108,6 +110,8 @@ def load(
         attention_far: whether what dynamic attention does not select counts by its means; None is False.
         attention_min_share: least share of a head's attention, above 0 and below 1, that makes a query open a block;
             None chooses, or lets a block's first query choose where `attention_top_blocks` or `attention_far` says so.
+        shard_strategy: how ranks share out long prompts: auto, contiguous or zigzag; None runs alone. All ranks of the
+            default process group, or of torchrun, then call this and everything else alike.
 
     Returns:
         The loaded model.
@@ -116,7 +120,7 @@ def load(
         DseekError: the model cannot be found, read or run, an option is wrong, or memory would not suffice.
     """
     from dseek.engine.build import build_runner
-    from dseek.engine.planning import given_plan, make_plan
+    from dseek.engine.planning import given_plan, make_plan, warn_of_idle_positions
     from dseek.models.files import open_model
     from dseek.models.long_positions import extend_positions
     from dseek.plan.attention_wish import AttentionWish
@@ -128,28 +132,16 @@ def load(
         far=attention_far,
         min_share=attention_min_share,
     )
+    ranks = None
+    if shard_strategy is not None:
+        from dseek.engine import sharding
+
+        ranks = sharding.meet(shard_strategy)
     files = open_model(model) if isinstance(model, str) else model
-    # The tokenizer is built beside the planning and packing; whoever needs it first waits for it.
-    threading.Thread(target=_build_tokenizer, args=(files,), daemon=True).start()
-    try:
-        files.shape = extend_positions(files.shape, max_position_embeddings, rope_scaling)
-        if plan is None:
-            plan = make_plan(
-                files,
-                precision=precision,
-                context=context,
-                prompt_tokens=prompt_tokens,
-                answer_tokens=answer_tokens,
-                threads=threads,
-                batch=batch,
-                objective=objective,
-                max_quality_loss=max_quality_loss,
-                memory_limit_bytes=memory_limit_bytes,
-                machine=machine,
-                attention=wish,
-            )
-        else:
-            plan = given_plan(
+
+    def decide() -> Plan:
+        if plan is not None:
+            return given_plan(
                 plan,
                 files,
                 precision=precision,
@@ -160,25 +152,36 @@ def load(
                 max_position_embeddings=max_position_embeddings,
                 attention=wish,
             )
-        _warn_of_idle_positions(files.shape, plan, max_position_embeddings)
-        return LLM(files, plan, build_runner(files, plan))
+        host: dict[str, Any] = {"machine": machine, "threads": threads, "memory_limit_bytes": memory_limit_bytes}
+        made = make_plan(
+            files,
+            precision=precision,
+            context=context,
+            prompt_tokens=prompt_tokens,
+            answer_tokens=answer_tokens,
+            batch=batch,
+            objective=objective,
+            max_quality_loss=max_quality_loss,
+            attention=wish,
+            **(host if ranks is None else sharding.share_of_host(**host)),
+        )
+        return made if ranks is None else sharding.with_longer_steps(made, ranks.world_size)
+
+    # The tokenizer is built beside the planning and packing; whoever needs it first waits for it.
+    threading.Thread(target=_build_tokenizer, args=(files,), daemon=True).start()
+    try:
+        files.shape = extend_positions(files.shape, max_position_embeddings, rope_scaling)
+        decided = decide() if ranks is None else sharding.shared_plan(ranks, decide)
+        if ranks is not None and ranks.rank > 0:
+            given_plan(decided, files, precision=None, context=None, threads=None)
+        warn_of_idle_positions(files.shape, decided, max_position_embeddings)
+        runner = build_runner(files, decided)
+        if ranks is not None and shard_strategy is not None:
+            runner = sharding.sharded(runner, decided, ranks, shard_strategy)
+        return LLM(files, decided, runner)
     except BaseException:
         files.close()
         raise
-
-
-def _warn_of_idle_positions(shape: ModelShape, plan: Plan, max_position_embeddings: int | None) -> None:
-    """Say so where positions were asked for that the context does not reach."""
-    from dseek.models.rope import original_positions
-
-    trained = original_positions(shape)
-    if max_position_embeddings is not None and plan.context_tokens <= trained < max_position_embeddings:
-        logger.warning(
-            "max position embeddings %d: the context is %d tokens, for which the model's own %d suffice",
-            max_position_embeddings,
-            plan.context_tokens,
-            trained,
-        )
 
 
 def _build_tokenizer(files: ModelFiles) -> None:

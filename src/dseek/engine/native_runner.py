@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -63,11 +63,47 @@ class NativeRunner(Runner):
         Returns:
             float32 [L, V].
         """
+        return self._forward(batch)
+
+    def forward_part(self, part: Batch, whole: Batch, exchange: Callable[[int], None]) -> np.ndarray:
+        """Compute some rows of a batch whose other rows somebody else computes.
+
+        Args:
+            part: the rows; several of its sequences may be pieces of one and share its pages, each consecutive.
+            whole: the batch that they are a part of; its page tables are as wide.
+            exchange: called with each layer's index, in order, when the part's keys and values of the layer are in the
+                cache (`cache_pages`). When it returns, those of the whole batch must be. It may not call the runner;
+                what it raises ends the call and is raised by it.
+
+        Returns:
+            float32 [L, V] for `part.logit_rows`.
+        """
+        ends = whole.row_starts[1:] - 1
+        spans = np.stack([whole.positions[whole.row_starts[:-1]], whole.positions[ends] + 1], axis=1)
+        return self._forward(part, exchange=exchange, wholes=(np.ascontiguousarray(spans), whole.page_tables))
+
+    def _forward(self, batch: Batch, **options: Any) -> np.ndarray:
         assert self._decoder is not None, "the runner is closed"
         logits: np.ndarray = self._decoder.forward(
-            batch.token_ids, batch.positions, batch.row_starts, batch.page_tables, batch.logit_rows
+            batch.token_ids, batch.positions, batch.row_starts, batch.page_tables, batch.logit_rows, **options
         )
         return logits
+
+    def cache_pages(self) -> np.ndarray:
+        """Show the memory of the cache, uint8 [pages, layers, bytes]: keys, values and scales as the kernels hold them.
+
+        Sums over a page's tokens are made anew from its keys and values when a later block begins, so whoever writes a
+        page writes nothing else.
+        """
+        assert self._decoder is not None, "the runner is closed"
+        pages: np.ndarray = self._decoder.cache_pages()
+        return pages
+
+    def selections(self) -> list[np.ndarray]:
+        """Show the memory of what the queries of each page selected, arrays uint8 [pages, layers, heads, bytes]."""
+        assert self._decoder is not None, "the runner is closed"
+        arrays: list[np.ndarray] = self._decoder.selections()
+        return arrays
 
     def selection(
         self, layer: int, kv_head: int, pages: np.ndarray, query_block: int

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dseek.core.errors import ConfigError
+from dseek.core.logs import get_logger
 
 if TYPE_CHECKING:
+    from dseek.core.shape import ModelShape
     from dseek.hardware.machine import Machine
     from dseek.models.files import ModelFiles
     from dseek.plan.attention_wish import AttentionWish
     from dseek.plan.objective import ObjectiveKind
     from dseek.plan.plan import Plan
+
+logger = get_logger("dseek.engine")
 
 DEFAULT_CONTEXT_TOKENS = 4096
 """Context of a plan that nobody asked a length of, where the model claims at least so much."""
@@ -153,3 +157,23 @@ def _extend_as_planned(files: ModelFiles, plan: Plan) -> None:
         kind = "none" if kept else planned.rope.kind
         if kind in SCALINGS:
             files.shape = extend_positions(shape, planned.max_position_embeddings, kind)
+
+
+def warn_of_idle_positions(shape: ModelShape, plan: Plan, max_position_embeddings: int | None) -> None:
+    """Say so where positions were asked for that the context does not reach.
+
+    Args:
+        shape: the model, with these positions.
+        plan: what runs.
+        max_position_embeddings: what was asked for, or None.
+    """
+    from dseek.models.rope import original_positions
+
+    trained = original_positions(shape)
+    if max_position_embeddings is not None and plan.context_tokens <= trained < max_position_embeddings:
+        logger.warning(
+            "max position embeddings %d: the context is %d tokens, for which the model's own %d suffice",
+            max_position_embeddings,
+            plan.context_tokens,
+            trained,
+        )

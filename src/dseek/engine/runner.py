@@ -34,6 +34,13 @@ class Runner(ABC):
             buffer that the next call overwrites; a caller that keeps logits copies them.
         """
 
+    def fresh_seed(self) -> int | None:
+        """Give the seed of a request that brings none, or None where it may draw one of its own.
+
+        Where several processes run the same requests, they must draw the same.
+        """
+        return None
+
     @abstractmethod
     def close(self) -> None:
         """Free the weights and the cache; the runner is of no use afterwards. May be called twice."""

@@ -1,4 +1,4 @@
-"""The ranks of a `torch.distributed` group and the three messages that are sent between them.
+"""The ranks of a `torch.distributed` group and the few messages that are sent between them.
 
 Every message has its place in a fixed schedule, so what a rank computes never depends on which message arrives first.
 Tensors travel as bytes: any dtype, on any backend that moves bytes (gloo on the CPU). A rank that fails ends; its peers
@@ -41,21 +41,53 @@ class Ranks:
         if self.rank < 0:
             raise ConfigError("this process does not belong to the process group", needed="a group it is a member of")
 
-    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def all_gather(self, x: torch.Tensor, into: torch.Tensor | None = None) -> list[torch.Tensor]:
         """Get everybody's tensor, in order of rank.
 
         Args:
             x: of the same shape and dtype on every rank.
+            into: [world_size, ...], contiguous; what is received is written there. None takes new memory.
 
         Returns:
             One tensor a rank; this rank's own is `x` itself.
         """
         if self.world_size == 1 or x.numel() == 0:
             return [x] * self.world_size
-        received = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.world_size)]
+        if into is None:
+            into = x.new_empty((self.world_size, *x.shape))
+        received = list(into.unbind(0))
         dist.all_gather([_bytes(tensor) for tensor in received], _bytes(x), group=self._group)
         received[self.rank] = x
         return received
+
+    def broadcast(self, x: torch.Tensor, rank: int) -> None:
+        """Give one rank's tensor to all.
+
+        Args:
+            x: of the same shape and dtype on every rank, contiguous; written on all ranks but the one that gives.
+            rank: who gives.
+        """
+        if self.world_size > 1 and x.numel():
+            dist.broadcast(_bytes(x), group=self._group, group_src=rank)
+
+    def broadcast_text(self, text: str | None, rank: int = 0) -> str:
+        """Give one rank's text to all.
+
+        Args:
+            text: what is given; None on the other ranks.
+            rank: who gives.
+
+        Returns:
+            The text.
+        """
+        content = bytearray((text or "").encode())
+        length = torch.tensor([len(content)])
+        self.broadcast(length, rank)
+        if self.rank != rank:
+            content = bytearray(int(length))
+        if content:
+            self.broadcast(torch.frombuffer(content, dtype=torch.uint8), rank)
+        return content.decode()
 
     def send(self, x: torch.Tensor, rank: int) -> _Work:
         """Start to send a tensor, which must not change until it was waited for.

@@ -9,6 +9,7 @@ and fetch fewer blocks. Overlap of the exchange with attention is not modelled.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -57,6 +58,10 @@ class AttentionWork:
     """Seconds of attention of one query block to one key block, all heads."""
     block_bytes: int
     """Keys and values of one block."""
+    first_block: int = 0
+    """Place of the first block in its sequence; the blocks before it are with every rank already."""
+    everywhere: bool = False
+    """Whether every rank receives all blocks, in messages of equal length, and not only those that it attends to."""
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -66,12 +71,18 @@ class AttentionWork:
         """
         if self.num_blocks < 1:
             raise ConfigError(f"the sequence has {self.num_blocks} blocks", needed="at least 1")
-        if min(self.window_blocks or 0, self.top_blocks, self.block_s, self.pair_s, self.block_bytes) < 0:
+        counts = (self.window_blocks or 0, self.top_blocks, self.first_block, self.block_bytes)
+        if min(*counts, self.block_s, self.pair_s) < 0:
             raise ConfigError("a count, time or size of the attention's work is negative", needed="numbers from 0")
+        if self.first_block and not self.everywhere:
+            raise ConfigError(
+                f"the work starts at block {self.first_block}", needed="0 where ranks receive only what they attend to"
+            )
 
     def pairs(self) -> list[float]:
         """Count, for each query block, the key blocks it attends to; its own counts half, since half is masked."""
-        return [self._num_near(block) + self._num_selected(block) + 0.5 for block in range(self.num_blocks)]
+        blocks = range(self.first_block, self.first_block + self.num_blocks)
+        return [self._num_near(block) + self._num_selected(block) + 0.5 for block in blocks]
 
     def received_blocks(self, assignment: BlockAssignment, rank: int) -> float:
         """Count the key and value blocks that a rank has to receive.
@@ -85,6 +96,8 @@ class AttentionWork:
             The cells that a dynamic pattern gathers are in it, as 1/64 of a block each.
         """
         owned = assignment.blocks[rank]
+        if self.everywhere:
+            return float((assignment.world_size - 1) * max(map(len, assignment.blocks)))
         if not owned:
             return 0.0
         if self.window_blocks is None:
@@ -166,8 +179,7 @@ def assign_blocks(
     Raises:
         ConfigError: no rank, or an unknown strategy.
     """
-    if strategy not in get_args(ShardStrategy):
-        raise ConfigError(f"the shard strategy is {strategy!r}", needed="one of " + ", ".join(get_args(ShardStrategy)))
+    check_strategy(strategy)
     layout = choose_strategy(work, world_size, link) if strategy == "auto" else strategy
     if layout == "zigzag":
         return balanced_assignment(work.num_blocks, world_size, layout=layout)
@@ -176,3 +188,48 @@ def assign_blocks(
     sums = [work.block_s + work.pair_s * count for count in pairs]
     cuts = (balanced_assignment(work.num_blocks, world_size, cost) for cost in (None, sums, pairs))
     return min(cuts, key=lambda cut: predict_seconds(work, cut, link))
+
+
+def compare_assignments(
+    layers: Mapping[AttentionWork, int], world_size: int, strategy: ShardStrategy = "auto", link: Link | None = None
+) -> list[tuple[float, BlockAssignment]]:
+    """Compare the ways to share out the blocks of a sequence where layers differ in what they attend to.
+
+    Args:
+        layers: how many layers do which work; of the same blocks, at least one.
+        world_size: ranks.
+        strategy: contiguous, zigzag, or auto for both.
+        link: between the ranks; None leaves messages out of the account.
+
+    Returns:
+        Predicted seconds of all layers, and the owners; the fastest first, of equally fast ones the contiguous.
+
+    Raises:
+        ConfigError: no rank, or an unknown strategy.
+    """
+    check_strategy(strategy)
+    num_blocks = next(iter(layers)).num_blocks
+    candidates = []
+    if strategy != "zigzag":
+        candidates += [assign_blocks(work, world_size, "contiguous", link) for work in layers]
+        candidates.append(balanced_assignment(num_blocks, world_size))
+    if strategy != "contiguous":
+        candidates.append(balanced_assignment(num_blocks, world_size, layout="zigzag"))
+    timed = [
+        (sum(count * predict_seconds(work, owners, link) for work, count in layers.items()), owners)
+        for owners in candidates
+    ]
+    return sorted(timed, key=lambda entry: entry[0])
+
+
+def check_strategy(strategy: str) -> None:
+    """Refuse what is no strategy.
+
+    Args:
+        strategy: what was asked for.
+
+    Raises:
+        ConfigError: it is none of `ShardStrategy`.
+    """
+    if strategy not in get_args(ShardStrategy):
+        raise ConfigError(f"the shard strategy is {strategy!r}", needed="one of " + ", ".join(get_args(ShardStrategy)))

@@ -51,6 +51,11 @@ Output<T> own(Pages&& memory, const std::vector<size_t>& shape, const std::vecto
     return Output<T>(pages->as<T>(), shape.size(), shape.data(), owner, strides.data());
 }
 
+// The packed weight in a blob, checked.
+inline Linear view(const Blob& blob) { return view_blob(blob.data(), blob.size()); }
+
+// The decoder of decoder.h, as a class.
+void bind_decoder(nanobind::module_& module);
 // The timings of measure.h, with their arguments checked.
 void bind_measurements(nanobind::module_& module);
 

@@ -1,6 +1,7 @@
 #include "decoder.h"
 
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <cstring>
 #include <new>
@@ -124,6 +125,21 @@ size_t Decoder::workspace_bytes() const {
     return total;
 }
 
+void Decoder::check_sequence(const int32_t* pages, int pages_per_sequence, int begin, int end) const {
+    if (begin < 0 || end <= begin || end > num_positions_) {
+        refuse("position " + std::to_string(begin < 0 ? begin : int64_t{end} - 1) +
+               " is out of range; the context has " + std::to_string(num_positions_) + " positions");
+    }
+    const int needed = (end + kPageTokens - 1) / kPageTokens;
+    if (needed > pages_per_sequence) refuse("a sequence has fewer pages than its positions need");
+    for (int page = 0; page < needed; ++page) {
+        if (pages[page] < 0 || pages[page] >= num_pages_) {
+            refuse("page " + std::to_string(pages[page]) + " is out of range; the cache has " +
+                   std::to_string(num_pages_) + " pages");
+        }
+    }
+}
+
 void Decoder::check(const Batch& batch) const {
     if (static_cast<int>(blocks_.size()) != shape_.num_layers || cos_ == nullptr || num_pages_ == 0) {
         refuse("the decoder is not complete: blocks, rotary tables and cache must be set first");
@@ -136,22 +152,16 @@ void Decoder::check(const Batch& batch) const {
         const int begin = batch.row_starts[s], end = batch.row_starts[s + 1];
         if (end <= begin || end > batch.num_rows) refuse("row_starts must grow");
         const int first = batch.positions[begin];
-        if (first < 0 || first > num_positions_ - (end - begin)) {
-            refuse("position " + std::to_string(int64_t{first} + end - begin - 1) +
-                   " is out of range; the context has " + std::to_string(num_positions_) + " positions");
-        }
+        if (first > INT_MAX - (end - begin)) refuse("a position is out of range");
         for (int row = begin; row < end; ++row) {
             if (batch.positions[row] != first + row - begin) refuse("positions of a sequence must be consecutive");
         }
-        const int pages = (first + end - begin + kPageTokens - 1) / kPageTokens;
-        if (pages > batch.pages_per_sequence) refuse("a sequence has fewer pages than its positions need");
-        for (int page = 0; page < pages; ++page) {
-            const int number = batch.page_tables[static_cast<size_t>(s) * batch.pages_per_sequence + page];
-            if (number < 0 || number >= num_pages_) {
-                refuse("page " + std::to_string(number) + " is out of range; the cache has " +
-                       std::to_string(num_pages_) + " pages");
-            }
-        }
+        check_sequence(batch.page_tables + static_cast<size_t>(s) * batch.pages_per_sequence, batch.pages_per_sequence,
+                       first, first + end - begin);
+    }
+    for (int w = 0; w < batch.num_wholes; ++w) {
+        check_sequence(batch.whole_page_tables + static_cast<size_t>(w) * batch.pages_per_sequence,
+                       batch.pages_per_sequence, batch.whole_positions[2 * w], batch.whole_positions[2 * w + 1]);
     }
     for (int i = 0; i < batch.num_logit_rows; ++i) {
         const int row = batch.logit_rows[i];
@@ -161,28 +171,42 @@ void Decoder::check(const Batch& batch) const {
     }
 }
 
+void Decoder::find_new_blocks(const Batch& batch) {
+    new_blocks_.clear();
+    if (patterns_.empty()) return;
+    const auto add = [&](const int32_t* tables, int sequence, int begin, int end) {
+        const int32_t* pages = tables + static_cast<size_t>(sequence) * batch.pages_per_sequence;
+        for (int block = begin / kPageTokens + (begin % kPageTokens > 0); block <= (end - 1) / kPageTokens; ++block) {
+            new_blocks_.push_back({pages, block});
+        }
+    };
+    for (int w = 0; w < batch.num_wholes; ++w) {
+        add(batch.whole_page_tables, w, batch.whole_positions[2 * w], batch.whole_positions[2 * w + 1]);
+    }
+    if (batch.num_wholes > 0) return;
+    for (int s = 0; s < batch.num_sequences; ++s) {
+        const int begin = batch.positions[batch.row_starts[s]];
+        add(batch.page_tables, s, begin, begin + batch.row_starts[s + 1] - batch.row_starts[s]);
+    }
+}
+
 void Decoder::plan(const Batch& batch) {
     constexpr int kQueryBlock = 64;        // rows of one attention task
     constexpr int kRowsForRowMode = 32;    // rows a thread should have before it works on rows of its own
     constexpr int kLargestRowTask = 256;   // its activations then fit a private cache of 1 to 2 MiB
     constexpr int kPagesForSplit = 4;      // least pages of a part of a long context
+    constexpr int kLeastRowTask = 16;  // kernels for few rows round otherwise: a batch takes them for all or none
     const int threads = team_->size();
-    new_blocks_.clear();
-    if (!patterns_.empty()) {
-        for (int s = 0; s < batch.num_sequences; ++s) {
-            const int begin = batch.positions[batch.row_starts[s]];
-            const int end = begin + batch.row_starts[s + 1] - batch.row_starts[s];
-            for (int block = (begin + kPageTokens - 1) / kPageTokens; block * kPageTokens < end; ++block) {
-                new_blocks_.push_back({s, block});
-            }
-        }
-    }
-    // Where a query block begins, cells may have to be sealed between storing and attending: not inside one task.
-    single_rows_ = batch.num_rows == batch.num_sequences && new_blocks_.empty();
+    find_new_blocks(batch);
+    // Where a query block begins, cells may have to be sealed between storing and attending, and an exchange comes
+    // between the two as well: not inside one task.
+    single_rows_ = batch.num_rows == batch.num_sequences && new_blocks_.empty() && exchange_ == nullptr;
     by_rows_ = batch.num_rows >= kRowsForRowMode * threads;
     const int share = round_up((batch.num_rows + threads - 1) / threads, 16);
     const int parts = (share + kLargestRowTask - 1) / kLargestRowTask;
     rows_per_task_ = round_up((share + parts - 1) / parts, 16);
+    num_row_tasks_ = batch.num_rows / rows_per_task_ + (batch.num_rows % rows_per_task_ >= kLeastRowTask ? 1 : 0);
+    num_row_tasks_ = std::max(1, num_row_tasks_);
 
     tasks_.clear();
     needed_tasks_.clear();
@@ -269,7 +293,8 @@ void Decoder::reserve(int num_rows, int num_logit_rows, int num_threads) {
         task_capacity_ = shared_capacity_ = 0;
     }
     // All memory is taken here: nothing may fail once the team is running.
-    const int task_rows = by_rows_ ? rows_per_task_ : kRowsPreparedByAll;
+    int task_rows = kRowsPreparedByAll;
+    if (by_rows_) task_rows = std::max(rows_per_task_, num_rows - (num_row_tasks_ - 1) * rows_per_task_);
     if (task_rows > task_capacity_) {
         const size_t row_bytes = row_buffer_bytes(task_rows);
         for (Worker& worker : workers_) {
@@ -299,7 +324,7 @@ void Decoder::reserve(int num_rows, int num_logit_rows, int num_threads) {
     capacity_ = num_rows;
 }
 
-void Decoder::forward(const Batch& batch, float* logits) {
+void Decoder::forward(const Batch& batch, float* logits, const Exchange& exchange) {
     check(batch);
     if (final_norm_ == nullptr) refuse("the decoder has no embedding and head");
     for (int row = 0; row < batch.num_rows; ++row) {
@@ -310,6 +335,8 @@ void Decoder::forward(const Batch& batch, float* logits) {
     }
     team_ = &thread_pool();
     table_ = &kernels();
+    exchange_ = exchange ? &exchange : nullptr;
+    failure_ = nullptr;
     plan(batch);
     reserve(batch.num_rows, batch.num_logit_rows, team_->size());
     residual_ = x_.as<float>();
@@ -326,11 +353,14 @@ void Decoder::forward(const Batch& batch, float* logits) {
         int stage = 0;
         if (by_rows_) run_in_rows(batch, thread_idx, 0, shape_.num_layers, needed_only, stage);
         else run_in_channels(batch, thread_idx, 0, shape_.num_layers, needed_only, stage);
+        if (failure_ != nullptr) return;
         if (batch.num_logit_rows > 0) {
             if (!needed_only) gather_needed(batch, thread_idx);
             finish(batch, thread_idx, logits, stage);
         }
     });
+    exchange_ = nullptr;
+    if (failure_ != nullptr) std::rethrow_exception(std::exchange(failure_, nullptr));
 }
 
 void Decoder::run_blocks(const Batch& batch, int block_begin, int block_end, float* x) {
@@ -339,6 +369,7 @@ void Decoder::run_blocks(const Batch& batch, int block_begin, int block_end, flo
     if (shape_.hidden_size % kPanel != 0) refuse("hidden size must be a multiple of 16 here");
     team_ = &thread_pool();
     table_ = &kernels();
+    exchange_ = nullptr;
     plan(batch);
     reserve(batch.num_rows, batch.num_logit_rows, team_->size());
     residual_ = x;

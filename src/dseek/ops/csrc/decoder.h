@@ -4,6 +4,8 @@
 // the batch, D hidden size, H heads, G key-value heads, d head width, F MLP width, V vocabulary.
 #pragma once
 
+#include <exception>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -50,7 +52,16 @@ struct Batch {
     int num_sequences = 0;
     int pages_per_sequence = 0;
     int num_logit_rows = 0;
+    // Where the rows are a part of what several processes compute together: all new positions of every sequence. Their
+    // keys and values are in the cache when a layer's exchange is over.
+    const int32_t* whole_positions = nullptr;  // [num_wholes][2], first and end
+    const int32_t* whole_page_tables = nullptr;  // [num_wholes][pages_per_sequence]
+    int num_wholes = 0;  // 0: the batch is all there is
 };
+
+// Called once a layer, in order, when the layer's new keys and values are in the cache and before anything attends to
+// them. It may change pages of that layer that the batch does not write.
+using Exchange = std::function<void(int layer)>;
 
 // Attention work that one thread does at once: consecutive rows of one sequence and one key-value head, or one row and
 // some of its pages.
@@ -85,8 +96,9 @@ public:
     void allocate_cache(int num_pages);
 
     // Writes logits [num_logit_rows][logit_stride()]. Throws std::invalid_argument for ids, positions or pages out of
-    // range; the cache is then as before.
-    void forward(const Batch& batch, float* logits);
+    // range; the cache is then as before. What `exchange` throws ends the run and is thrown on; the pages of the batch
+    // then hold anything.
+    void forward(const Batch& batch, float* logits, const Exchange& exchange = {});
 
     // Runs blocks [block_begin, block_end) in place on hidden states x [R][D]; token ids and logit rows are not used.
     void run_blocks(const Batch& batch, int block_begin, int block_end, float* x);
@@ -94,6 +106,10 @@ public:
     size_t logit_stride() const { return static_cast<size_t>(head_.n_padded); }
     int num_pages() const { return num_pages_; }
     size_t page_bytes() const { return layout_.page_bytes(); }
+    const CacheLayout& layout() const { return layout_; }
+    // Keys and values, `page_bytes()` a page.
+    uint8_t* cache() const { return cache_.data(); }
+    const Pyramid& pyramid() const { return pyramid_; }
     const DecoderShape& shape() const { return shape_; }
     // Bytes of weights that one decode step reads, and of working memory in use.
     size_t weight_bytes() const;
@@ -112,7 +128,13 @@ private:
     static constexpr int kRowsPreparedByAll = 4;  // up to here every thread prepares all rows, which saves a meeting
 
     void check(const Batch& batch) const;
+    void check_sequence(const int32_t* pages, int pages_per_sequence, int begin, int end) const;
     void plan(const Batch& batch);
+    void find_new_blocks(const Batch& batch);
+    // End of a task's rows where threads have rows of their own.
+    int task_end(const Batch& batch, int task) const {
+        return task + 1 == num_row_tasks_ ? batch.num_rows : (task + 1) * rows_per_task_;
+    }
     void reserve(int num_rows, int num_logit_rows, int num_threads);
     size_t row_buffer_bytes(int num_rows) const;
 
@@ -122,13 +144,15 @@ private:
     void run_in_channels(const Batch& batch, int thread_idx, int block_begin, int block_end, bool last_needed_only,
                          int& stage);
     void finish(const Batch& batch, int thread_idx, float* logits, int& stage);
+    // Thread 0 makes the exchange of a layer while the others wait; false, for all of them, where it failed.
+    bool exchange_layer(int layer, int thread_idx);
 
     void project_qkv_rows(const Batch& batch, const BlockWeights& block, int layer, int begin, int end, Worker& worker);
     void mlp_rows(const BlockWeights& block, const float* attended, float* x, int begin, int end, Worker& worker);
     void finish_block_in_channels(const BlockWeights& block, const float* attended, float* x, int num_rows, bool merge,
                                   int thread_idx, int& stage);
     // Brings the pyramid up to date for the query blocks that begin in this batch; all threads together.
-    void seal_blocks(const Batch& batch, int layer, int thread_idx, int& stage);
+    void seal_blocks(int layer, int thread_idx, int& stage);
     // Restricts a call to what the pattern selects.
     void choose_blocks(const Batch& batch, int layer, const AttentionTask& task, Worker& worker, AttentionCall& call);
     // Attends strip by strip, each row to what it selects; `whole` is the task's call.
@@ -185,13 +209,16 @@ private:
 
     // The plan of the current batch.
     bool by_rows_ = false;
-    int rows_per_task_ = 0;
+    int rows_per_task_ = 0, num_row_tasks_ = 0;
     bool single_rows_ = false;
     std::vector<AttentionTask> tasks_, needed_tasks_;
     struct NewBlock {
-        int sequence, block;
+        const int32_t* pages;  // of its sequence
+        int block;
     };
-    std::vector<NewBlock> new_blocks_;  // query blocks whose first position is in the batch
+    std::vector<NewBlock> new_blocks_;  // query blocks whose first position is in the batch, or in its wholes
+    const Exchange* exchange_ = nullptr;  // of the current run
+    std::exception_ptr failure_;  // what it threw
     std::vector<int> row_splits_;  // [R], 0 where a row is not split
     std::vector<int> row_sequence_;  // [R]
     std::vector<size_t> split_start_;  // [R], first slot of a row's partial results

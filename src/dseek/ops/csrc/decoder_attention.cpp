@@ -133,7 +133,7 @@ void Decoder::attend(const Batch& batch, const BlockWeights& block, int layer, c
     table_->attention(call);
 }
 
-void Decoder::seal_blocks(const Batch& batch, int layer, int thread_idx, int& stage) {
+void Decoder::seal_blocks(int layer, int thread_idx, int& stage) {
     if (new_blocks_.empty() || !patterns_[layer].active()) return;
     const int groups = shape_.num_kv_heads;
     for (int level = 0; level <= pyramid_.top(); ++level) {
@@ -146,8 +146,7 @@ void Decoder::seal_blocks(const Batch& batch, int layer, int thread_idx, int& st
             const NewBlock& fresh = new_blocks_[task / groups];
             if (!ends(fresh)) return;
             const int g = task % groups;
-            const int32_t* pages = batch.page_tables + static_cast<size_t>(fresh.sequence) * batch.pages_per_sequence;
-            pyramid_.seal({cache_.data() + layout_.offset(0, layer, g), pages, layer, g}, fresh.block - 1, level,
+            pyramid_.seal({cache_.data() + layout_.offset(0, layer, g), fresh.pages, layer, g}, fresh.block - 1, level,
                           patterns_[layer].gate);
         });
         team_->barrier();

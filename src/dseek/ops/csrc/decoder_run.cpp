@@ -104,6 +104,17 @@ void Decoder::mlp_rows(const BlockWeights& block, const float* attended, float* 
     multiply(block.down, Epilogue::add, block.down_bias, target, stride);
 }
 
+bool Decoder::exchange_layer(int layer, int thread_idx) {
+    if (exchange_ == nullptr) return true;
+    if (thread_idx == 0) {
+        try {
+            (*exchange_)(layer);
+        } catch (...) { failure_ = std::current_exception(); }
+    }
+    team_->barrier();
+    return failure_ == nullptr;
+}
+
 void Decoder::gather_needed(const Batch& batch, int thread_idx) {
     const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
     const size_t query = static_cast<size_t>(shape_.num_heads) * shape_.head_dim;
@@ -120,16 +131,16 @@ void Decoder::gather_needed(const Batch& batch, int thread_idx) {
 void Decoder::run_in_rows(const Batch& batch, int thread_idx, int block_begin, int block_end, bool last_needed_only,
                           int& stage) {
     Worker& worker = workers_[thread_idx];
-    const int num_tasks = (batch.num_rows + rows_per_task_ - 1) / rows_per_task_;
-    const auto row_end = [&](int task) { return std::min((task + 1) * rows_per_task_, batch.num_rows); };
-    share_out(num_tasks, thread_idx, stage, [&](int task) {
-        project_qkv_rows(batch, blocks_[block_begin], block_begin, task * rows_per_task_, row_end(task), worker);
+    share_out(num_row_tasks_, thread_idx, stage, [&](int task) {
+        project_qkv_rows(batch, blocks_[block_begin], block_begin, task * rows_per_task_, task_end(batch, task),
+                         worker);
     });
     for (int layer = block_begin; layer < block_end; ++layer) {
         const BlockWeights& block = blocks_[layer];
         const bool needed_only = last_needed_only && layer + 1 == block_end;
         team_->barrier();
-        if (!patterns_.empty()) seal_blocks(batch, layer, thread_idx, stage);
+        if (!exchange_layer(layer, thread_idx)) return;
+        if (!patterns_.empty()) seal_blocks(layer, thread_idx, stage);
         const auto& tasks = needed_only ? needed_tasks_ : tasks_;
         share_out(static_cast<int>(tasks.size()), thread_idx, stage,
                   [&](int task) { attend(batch, block, layer, tasks[task], worker); });
@@ -141,8 +152,8 @@ void Decoder::run_in_rows(const Batch& batch, int thread_idx, int block_begin, i
                                      false, thread_idx, stage);
             return;
         }
-        share_out(num_tasks, thread_idx, stage, [&](int task) {
-            const int begin = task * rows_per_task_, end = row_end(task);
+        share_out(num_row_tasks_, thread_idx, stage, [&](int task) {
+            const int begin = task * rows_per_task_, end = task_end(batch, task);
             mlp_rows(block, attended_.as<float>(), residual_, begin, end, worker);
             if (layer + 1 < block_end) project_qkv_rows(batch, blocks_[layer + 1], layer + 1, begin, end, worker);
         });
@@ -235,7 +246,8 @@ void Decoder::run_in_channels(const Batch& batch, int thread_idx, int block_begi
                 store_rows(batch, layer, row, row + 1);
             });
             team_->barrier();
-            if (!patterns_.empty()) seal_blocks(batch, layer, thread_idx, stage);
+            if (!exchange_layer(layer, thread_idx)) return;
+            if (!patterns_.empty()) seal_blocks(layer, thread_idx, stage);
         }
         // Lone rows store their keys inside the attention task, so all tasks are needed even in the last layer.
         const auto& tasks = needed_only && !single_rows_ ? needed_tasks_ : tasks_;

@@ -49,6 +49,14 @@ Pyramid::Pyramid(const CacheLayout& layout, int num_pages, int64_t num_tokens, i
     memory_ = Pages(record_bytes_ * layout.num_kv_heads * layout.num_layers * static_cast<size_t>(num_pages));
 }
 
+std::vector<Pyramid::Span> Pyramid::selected() const {
+    std::vector<Span> spans;
+    const size_t levels = static_cast<size_t>(top_ + 1);
+    if (top_blocks_ > 0) spans.push_back({means_bytes_ * levels, openings_bytes_ * levels});
+    if (row_blocks_ > 0) spans.push_back({strips_offset_, strip_bytes_ * kStripsOfBlock * (row_top_ + 1)});
+    return spans;
+}
+
 uint8_t* Pyramid::record(const HeadView& head, int block) const {
     // Head by head, since a selection goes through the records of one.
     const size_t of_head = (static_cast<size_t>(head.layer) * layout_.num_kv_heads + head.kv_head) * num_pages_;

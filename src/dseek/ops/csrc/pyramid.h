@@ -88,6 +88,14 @@ public:
     bool empty() const { return num_pages_ == 0; }
     int top() const { return top_; }
     size_t bytes() const { return memory_.size(); }
+    // All records: one a page, layer and key-value head, in this order.
+    uint8_t* records() const { return memory_.data(); }
+    size_t record_bytes() const { return record_bytes_; }
+    // What of a record was selected, and so cannot be computed again from keys and values.
+    struct Span {
+        size_t begin, bytes;
+    };
+    std::vector<Span> selected() const;
     // Makes room for every selection, so that none has to allocate.
     void reserve(SelectionRoom& room, int num_heads) const;
 
