@@ -50,15 +50,15 @@ def test_the_smallest_window_that_holds_enough_for_every_head_of_the_group() -> 
         ],
         dtype=torch.float64,
     )
-    assert choose_windows(held_LHW, 2, SIZES, UNLIMITED) == [[128, 64], [256, 128]]
+    assert choose_windows(held_LHW, held_LHW, 2, SIZES, UNLIMITED) == [[128, 64], [256, 128]]
     strict = WindowChoice(least_share=1.0, mean_tokens=4096)
-    assert choose_windows(held_LHW, 2, SIZES, strict) == [[256, 128], [256, 256]]
+    assert choose_windows(held_LHW, held_LHW, 2, SIZES, strict) == [[256, 128], [256, 256]]
 
 
 def test_the_budget_is_taken_where_least_mass_per_token_is_lost() -> None:
     held_LHW = torch.tensor([[[0.1, 0.5, 1.0], [0.7, 0.7, 1.0], [0.6, 0.85, 1.0]]], dtype=torch.float64)
     means = (256, 255, 213, 170, 149, 127, 64)
-    by_mean = {mean: choose_windows(held_LHW, 3, SIZES, WindowChoice(mean_tokens=mean))[0] for mean in means}
+    by_mean = {mean: choose_windows(held_LHW, held_LHW, 3, SIZES, WindowChoice(mean_tokens=mean))[0] for mean in means}
     assert by_mean[256] == [256, 256, 256]
     # The third head loses 0.15 over 128 tokens; the second 0.3 over 192, since half way there nothing is saved.
     assert by_mean[255] == [256, 256, 128]
@@ -70,12 +70,24 @@ def test_the_budget_is_taken_where_least_mass_per_token_is_lost() -> None:
     assert by_mean[64] == [64, 64, 64]
 
 
+def test_a_block_with_much_mass_is_worth_more_than_many_with_little() -> None:
+    """Two heads that would lose the same mass: one in a single block, the other in two."""
+    mass_RHB = torch.zeros(1, 2, 8)
+    mass_RHB[0, 0] = torch.tensor([0.2, 0.0, 0.0, 0.4, 0.0, 0.0, 0.2, 0.2])
+    mass_RHB[0, 1] = torch.tensor([0.2, 0.0, 0.0, 0.2, 0.2, 0.0, 0.2, 0.2])
+    rows_R = torch.tensor([450])
+    held, squared = (held_mass(mass, rows_R, SIZES)[None] for mass in (mass_RHB, mass_RHB.square()))
+    assert choose_windows(held, squared, 2, SIZES, UNLIMITED) == [[256, 256]]
+    assert choose_windows(held, squared, 2, SIZES, WindowChoice(mean_tokens=192)) == [[256, 128]]
+    assert choose_windows(held.flip(1), squared.flip(1), 2, SIZES, WindowChoice(mean_tokens=192)) == [[128, 256]]
+
+
 def test_the_last_window_shrinks_no_farther_than_it_has_to() -> None:
     # From 256 to 64 loses least per token, but 128 is enough.
     held_LHW = torch.tensor([[[0.9, 0.5, 1.0], [0.1, 0.2, 1.0]]], dtype=torch.float64)
     held_LHW[0, 0, 1] = 0.92
-    assert choose_windows(held_LHW, 2, SIZES, WindowChoice(least_share=0.99, mean_tokens=192)) == [[128, 256]]
-    assert choose_windows(held_LHW, 2, SIZES, WindowChoice(least_share=0.99, mean_tokens=191)) == [[64, 256]]
+    assert choose_windows(held_LHW, held_LHW, 2, SIZES, WindowChoice(least_share=0.99, mean_tokens=192)) == [[128, 256]]
+    assert choose_windows(held_LHW, held_LHW, 2, SIZES, WindowChoice(least_share=0.99, mean_tokens=191)) == [[64, 256]]
 
 
 def test_hardly_any_choice_within_the_budget_holds_more() -> None:
@@ -88,7 +100,7 @@ def test_hardly_any_choice_within_the_budget_holds_more() -> None:
             heads.append([0.5, 0.5 + 64 * gains[0] / 400, 0.5 + (64 * gains[0] + 128 * gains[1]) / 400])
         held_LHW = torch.tensor([heads], dtype=torch.float64)
         mean = generator.choice((64, 80, 112, 160, 200))
-        (chosen,) = choose_windows(held_LHW, 4, SIZES, WindowChoice(least_share=1.0, mean_tokens=mean))
+        (chosen,) = choose_windows(held_LHW, held_LHW, 4, SIZES, WindowChoice(least_share=1.0, mean_tokens=mean))
         assert sum(chosen) <= 4 * mean
         lost = sum(head[-1] - head[SIZES.index(window)] for head, window in zip(heads, chosen, strict=True))
         best = min(

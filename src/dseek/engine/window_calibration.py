@@ -141,19 +141,22 @@ def measure_windows(files: ModelFiles, choice: WindowChoice | None = None) -> tu
 
     # 2. The mass that each window holds, layer by layer.
     decoder = Decoder.from_files(files, torch.bfloat16).requires_grad_(False)
-    held, free = [], []
+    held, squared, free = [], [], []
     with torch.inference_mode():
         for layer, projections in enumerate(layer_projections(decoder, torch.tensor(token_ids))):
             events.emit(PROGRESS_EVENT, layer=layer, num_layers=shape.num_layers)
             if projections.window is None:
                 free.append(layer)
                 queries, keys = projections.rotated_queries[rows_R], projections.rotated_keys
-                held.append(held_mass(block_mass(queries, keys, rows_R), rows_R, windows))
+                mass_RHB = block_mass(queries, keys, rows_R).double()
+                held.append(held_mass(mass_RHB, rows_R, windows))
+                squared.append(held_mass(mass_RHB.square(), rows_R, windows))
 
     # 3. The windows, under one mean for all layers that may have them.
     chosen = {}
     if free:
-        found = choose_windows(torch.stack(held), shape.num_kv_heads, windows, choice or WindowChoice())
+        held_LHW, squared_LHW = torch.stack(held), torch.stack(squared)
+        found = choose_windows(held_LHW, squared_LHW, shape.num_kv_heads, windows, choice or WindowChoice())
         chosen = dict(zip(free, found, strict=True))
     shortest = [WINDOWS[0]] * shape.num_kv_heads
     return tuple(tuple(chosen.get(layer, shortest)) for layer in range(shape.num_layers))

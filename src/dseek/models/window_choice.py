@@ -3,8 +3,10 @@
 1. Every head gets the smallest window that holds, for each of its query heads, at least 90 % of the mass that the
    longest window would hold. Each query head counts by itself, since what one needs is not made up for by what its
    neighbours do not need. The row's own block and the first block are seen with any window and count as held.
-2. While the mean is above what is allowed, the window shrinks that loses least mass for each token it is shortened by,
-   mass added up over the query heads, to the size at which that is so. The last one shrinks no farther than it has to.
+2. While the mean is above what is allowed, the window shrinks that loses least squared mass for each token it is
+   shortened by, added up over the query heads, to the size at which that is so. The last one shrinks no farther than it
+   has to. Squares, since one block with half of the mass is missed more than many that have as much together; by plain
+   mass, windows went to heads that look everywhere a little, and lost more than one window for all (docs/lab-log.md).
 
 Rows that have less before them than the longest window would hold more of their mass in a short one for want of
 anything farther away; they are left out. R rows, H query heads, G key-value heads, B blocks, W windows, L layers.
@@ -67,7 +69,7 @@ def held_mass(mass_RHB: torch.Tensor, rows_R: torch.Tensor, windows: Sequence[in
     """Sum the mass that windows hold, over the rows that have the longest one before them.
 
     Args:
-        mass_RHB: attention mass of rows on blocks.
+        mass_RHB: attention mass of rows on blocks, or its square.
         rows_R: int64, their positions.
         windows: tokens, rising.
 
@@ -87,12 +89,13 @@ def held_mass(mass_RHB: torch.Tensor, rows_R: torch.Tensor, windows: Sequence[in
 
 
 def choose_windows(
-    held_LHW: torch.Tensor, num_kv_heads: int, windows: Sequence[int], choice: WindowChoice
+    held_LHW: torch.Tensor, squared_LHW: torch.Tensor, num_kv_heads: int, windows: Sequence[int], choice: WindowChoice
 ) -> list[list[int]]:
     """Choose a window for every key-value head.
 
     Args:
         held_LHW: mass that windows hold, in one unit for all heads and layers.
+        squared_LHW: the same of squared mass.
         num_kv_heads: G.
         windows: tokens, rising, W of them.
         choice: what they have to hold, and their mean.
@@ -103,8 +106,8 @@ def choose_windows(
     held_LGPW = held_LHW.unflatten(1, (num_kv_heads, -1))
     enough_LGW = (held_LGPW >= choice.least_share * held_LGPW[..., -1:]).all(2)
     places = enough_LGW.int().argmax(-1).flatten().tolist()
-    held = held_LGPW.sum(2).flatten(0, 1).tolist()
-    places = _shrunk(places, held, windows, choice.mean_tokens * len(places))
+    squared = squared_LHW.unflatten(1, (num_kv_heads, -1)).sum(2).flatten(0, 1).tolist()
+    places = _shrunk(places, squared, windows, choice.mean_tokens * len(places))
     chosen = [windows[place] for place in places]
     return [chosen[start : start + num_kv_heads] for start in range(0, len(chosen), num_kv_heads)]
 
@@ -113,7 +116,7 @@ def _shrunk(places: list[int], held: list[list[float]], windows: Sequence[int], 
     """Shorten windows until their sum is within `most_tokens`; places are indices of windows, by head."""
 
     def cheapest_step(head: int, place: int) -> tuple[float, int, int]:
-        """Mass lost for each token, the head, and the place it would have then."""
+        """What is lost for each token, the head, and the place it would have then."""
         lost = [
             ((held[head][place] - held[head][shorter]) / (windows[place] - windows[shorter]), head, shorter)
             for shorter in range(place)

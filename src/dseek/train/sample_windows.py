@@ -28,15 +28,19 @@ def sample_windows(files: Sequence[Path], shape: ModelShape, choice: WindowChoic
     rows_by_layer = [torch.cat([_read(file, f"{layer}.rows") for file in files]) for layer in layers]
     windows = windows_to_choose(rows_by_layer)
     held_LHW = torch.zeros(shape.num_layers, shape.num_heads, len(windows), dtype=torch.float64)
+    squared_LHW = torch.zeros_like(held_LHW)
     for file in files:
         for layer in layers:
-            held_LHW[layer] += held_mass(_read(file, f"{layer}.mass"), _read(file, f"{layer}.rows"), windows)
+            mass_RHB, rows_R = _read(file, f"{layer}.mass").double(), _read(file, f"{layer}.rows")
+            held_LHW[layer] += held_mass(mass_RHB, rows_R, windows)
+            squared_LHW[layer] += held_mass(mass_RHB.square(), rows_R, windows)
     # Rows are drawn anew in every layer, so that layers differ in how many count.
     counts_L = torch.tensor(
         [int((rows_R // BLOCK_TOKENS * BLOCK_TOKENS >= windows[-1]).sum()) for rows_R in rows_by_layer]
     )
-    held_LHW /= counts_L.clamp(min=1)[:, None, None]
-    return torch.tensor(choose_windows(held_LHW, shape.num_kv_heads, windows, choice), dtype=torch.int64)
+    counts_L11 = counts_L.clamp(min=1)[:, None, None]
+    chosen = choose_windows(held_LHW / counts_L11, squared_LHW / counts_L11, shape.num_kv_heads, windows, choice)
+    return torch.tensor(chosen, dtype=torch.int64)
 
 
 def _read(file: Path, name: str) -> torch.Tensor:
