@@ -95,24 +95,45 @@ class Losses:
         """
         return self.of_all(tuple(pattern if layer in layers else DENSE for layer in range(self.num_layers)))
 
-    def of_all(self, patterns: tuple[AttentionPattern, ...], model: str | None = None) -> tuple[float, float, float]:
+    def of_all(self, patterns: tuple[AttentionPattern, ...]) -> tuple[float, float, float]:
         """Measure patterns.
+
+        Args:
+            patterns: layer by layer.
+
+        Returns:
+            As `of`.
+        """
+        rises, accuracy = self.rises(patterns)
+        return *mean_and_error(rises), accuracy
+
+    def rises(self, patterns: tuple[AttentionPattern, ...], model: str | None = None) -> tuple[np.ndarray, float]:
+        """Measure patterns text by text.
 
         Args:
             patterns: layer by layer.
             model: a copy of the model with another gate beside it; None is the model itself.
 
         Returns:
-            As `of`.
+            Rise of each text's mean negative log likelihood over dense attention in nats, and the share of tokens that
+            were the likeliest.
         """
         losses, accuracy = self._run(dataclasses.replace(self.plan, attention_patterns=patterns), model or self.model)
-        rises = losses - self.base
-        error = float(rises.std(ddof=1) / math.sqrt(len(rises))) if len(rises) > 1 else math.nan
-        return float(rises.mean()), error, accuracy
+        return losses - self.base, accuracy
 
     def skipped(self, pattern: AttentionPattern) -> float:
         """Share of the pairs of a counted position and one before it that a layer does not look at."""
         return skipped_share(pattern, TOKENS, self.plan.shape.num_kv_heads, first_token=FIRST)
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean, and its standard error over the texts (NaN for one text).
+
+    Args:
+        values: one a text.
+    """
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return float(values.mean()), error
 
 
 def _modules(tokenizer: Tokenizer, count: int) -> list[list[int]]:
