@@ -3,7 +3,7 @@
 Learns the biases of SmolLM2 on the part of the standard library that may be trained on, then runs the model through the
 engine, bf16 weights and cache, over held-out sequences of 8,192 tokens: a window and selected blocks in all layers,
 without far cells, with them and no bias, and with the biases as learned and as read from a gate file. Each is compared
-with dense attention, text by text, on the positions from 2,192 on.
+with dense attention, and with no far cells, text by text, on the positions from 2,192 on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import standard_library
-from benchmarks.experiments.patterns import TOKENS, WINDOW, Losses
+from benchmarks.experiments.patterns import TOKENS, WINDOW, Losses, mean_and_error
 from dseek.core.attention_pattern import AttentionPattern
 from dseek.models.decoder import Decoder
 from dseek.models.files import open_model
@@ -109,6 +109,7 @@ def main() -> None:
 
     losses = Losses(arguments.model, arguments.texts, lambda _, count: held_out[:count])
     print(f"dense: perplexity {math.exp(losses.base.mean()):.4f}, top-1 {losses.accuracy:.2%}", flush=True)
+    without = losses.base
     for count in arguments.top_blocks:
         for name, far, model in (
             ("no far cells", False, arguments.model),
@@ -116,9 +117,13 @@ def main() -> None:
             ("far cells, learned bias", True, biased),
         ):
             pattern = AttentionPattern(kind="dynamic", window_tokens=(WINDOW,), top_blocks=count, far=far)
-            rise, error, accuracy = losses.of_all((pattern,) * losses.num_layers, model=model)
+            rises, accuracy = losses.rises((pattern,) * losses.num_layers, model=model)
+            without = rises if not far else without
+            (rise, error), (more, its_error) = mean_and_error(rises), mean_and_error(rises - without)
             print(
-                f"  K = {count}, {name:24} {100 * rise:+7.3f} % +- {100 * error:.3f}  top-1 {accuracy:.2%}", flush=True
+                f"  K = {count}, {name:24} {100 * rise:+7.3f} % +- {100 * error:.3f}  top-1 {accuracy:.2%}  "
+                f"over no far cells {100 * more:+.3f} % +- {100 * its_error:.3f}",
+                flush=True,
             )
 
 

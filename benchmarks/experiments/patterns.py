@@ -105,26 +105,41 @@ class Losses:
         return self.of_all(tuple(pattern if layer in layers else DENSE for layer in range(self.num_layers)))
 
     def of_all(
-        self,
-        patterns: tuple[AttentionPattern, ...],
-        look: Callable[[WatchedRunner], None] | None = None,
-        model: str | None = None,
+        self, patterns: tuple[AttentionPattern, ...], look: Callable[[WatchedRunner], None] | None = None
     ) -> tuple[float, float, float]:
         """Measure patterns.
 
         Args:
             patterns: layer by layer.
             look: called after each text with the runner that still has what was selected.
-            model: a copy of the model with another gate beside it; None is the model itself.
 
         Returns:
             As `of`.
         """
+        rises, accuracy = self.rises(patterns, look=look)
+        return *mean_and_error(rises), accuracy
+
+    def rises(
+        self,
+        patterns: tuple[AttentionPattern, ...],
+        *,
+        model: str | None = None,
+        look: Callable[[WatchedRunner], None] | None = None,
+    ) -> tuple[np.ndarray, float]:
+        """Measure patterns text by text.
+
+        Args:
+            patterns: layer by layer.
+            model: a copy of the model with another gate beside it; None is the model itself.
+            look: called after each text with the runner that still has what was selected.
+
+        Returns:
+            Rise of each text's mean negative log likelihood over dense attention in nats, and the share of tokens that
+            were the likeliest.
+        """
         tried = dataclasses.replace(self.plan, attention_patterns=patterns)
         losses, accuracy = self._run(tried, model or self.model, look)
-        rises = losses - self.base
-        error = float(rises.std(ddof=1) / math.sqrt(len(rises))) if len(rises) > 1 else math.nan
-        return float(rises.mean()), error, accuracy
+        return losses - self.base, accuracy
 
     def skipped(self, pattern: AttentionPattern) -> float:
         """Share of the pairs of a counted position and one before it that a layer does not look at."""
@@ -140,6 +155,16 @@ def two_modules_each(tokenizer: Tokenizer, num_texts: int) -> list[list[int]]:
     """
     parts = _modules(tokenizer, 2 * num_texts)
     return [one + other for one, other in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean, and its standard error over the texts (NaN for one text).
+
+    Args:
+        values: one a text.
+    """
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return float(values.mean()), error
 
 
 def _modules(tokenizer: Tokenizer, count: int) -> list[list[int]]:
