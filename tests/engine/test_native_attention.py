@@ -21,7 +21,7 @@ from dseek.engine.torch_runner import TorchRunner
 from dseek.models.decoder import Decoder
 from dseek.models.files import open_model
 from dseek.models.gate_file import FILE_NAME, fingerprint
-from dseek.models.projections import _project
+from dseek.models.projections import project
 from dseek.ops.attention.dynamic_reference import dynamic_attention_blocked
 from dseek.ops.attention.rotary import rotate
 from dseek.plan.plan import Plan
@@ -110,7 +110,7 @@ def reference_logits(folder: Path, pattern: AttentionPattern, biases: list[torch
     rotation = model.rotary_emb(torch.arange(len(ids)), x_TD.dtype, None)
     for block, bias in zip(model.layers, biases, strict=True):
         attention = block.self_attn
-        q, k, v = _project(attention, block.input_layernorm(x_TD))
+        q, k, v = project(attention, block.input_layernorm(x_TD))
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         out_THd = dynamic_attention_blocked(q, k, v, pattern, level_bias_HL=bias)
         x_TD = x_TD + attention.o_proj(out_THd.flatten(1))

@@ -145,6 +145,9 @@ def test_the_loss_of_selection_by_rows_is_that_of_the_measured_points() -> None:
         {"dense_heads": (1, 0)},
         {"dense_heads": (1, 1)},
         {"dense_heads": (-1,)},
+        {"share_factors": (1.0, 2.0, 0.5)},
+        {"gate": True, "share_factors": (1.0, 0.0, 0.5)},
+        {"gate": True, "share_factors": (1.0, 2000.0, 0.5)},
     ],
 )
 def test_bad_patterns(values: dict[str, object]) -> None:
@@ -158,8 +161,30 @@ def test_a_plan_file_with_a_head_that_there_is_not_is_refused() -> None:
     beyond = dataclasses.replace(plan, attention_patterns=(dataclasses.replace(ROWS, dense_heads=(3,)),) * 30)
     with pytest.raises(ConfigError, match=r"attention_patterns\[0\] has a dense head 3"):
         Plan.from_json(beyond.to_json())
+    other = dataclasses.replace(ROWS, gate=True, share_factors=(1.0, 2.0))
+    with pytest.raises(ConfigError, match=r"attention_patterns\[0\] has 2 factors"):
+        Plan.from_json(dataclasses.replace(plan, attention_patterns=(other,) * 30).to_json())
     with pytest.raises(ConfigError, match="plan of version 2"):
         Plan.from_json(text.replace('"version": 3', '"version": 2'))
+
+
+def test_factors_on_the_least_share() -> None:
+    pattern = dataclasses.replace(ROWS, gate=True, share_factors=(0.5, 1.0, 4.0))
+    assert pattern.min_shares(3) == (ROWS.min_share * 0.5, ROWS.min_share, ROWS.min_share * 4)
+    assert ROWS.min_shares(2) == (ROWS.min_share,) * 2
+    with pytest.raises(ConfigError, match="3 factors"):
+        pattern.min_shares(2)
+    alone = [dataclasses.replace(ROWS, gate=True, min_share=share).expected_blocks for share in pattern.min_shares(3)]
+    assert pattern.expected_blocks == pytest.approx(sum(alone) / 3)
+    nothing = dataclasses.replace(pattern, share_factors=(1024.0, 1024.0, 1024.0))
+    assert nothing.expected_blocks == 0
+    dense = dataclasses.replace(pattern, dense_heads=(2,))
+    assert dense.expected_blocks == pytest.approx(sum(alone[:2]) / 2)
+    facts = HeadFacts(gate=True, dense_heads=((), (1,)), share_factors=((1.0, 1.0, 2.0), (0.5, 1.0, 1.0)))
+    fitted = facts.fitted(ROWS, 2, own_windows=False)
+    assert [one.share_factors for one in fitted] == [(1.0, 1.0, 2.0), (0.5, 1.0, 1.0)]
+    assert patterns_text(fitted) == "window 64 and shares from 0.02, up to 64 blocks"
+    assert not any(one.share_factors for one in HeadFacts().fitted(ROWS, 2, own_windows=False))
 
 
 def test_names_of_windows_by_head() -> None:

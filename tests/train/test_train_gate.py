@@ -97,6 +97,11 @@ def test_damaged_files_are_refused(folder: Path, gate: Path, tmp_path: Path) -> 
     none = {name: value for name, value in some.items() if not name.endswith(".window")}
     save_file(none, tmp_path / "none.safetensors", metadata)
     assert read_gates(tmp_path / "none.safetensors", shape).windows == ()
+    factor = tensors["layers.0.share_factor"].float()
+    for bad in (factor * 0, -factor, factor + 2000, factor * float("nan"), factor[:1].clone()):
+        refused(tensors | {"layers.0.share_factor": bad}, metadata, "factors above 0|not finite")
+    some = {name: value for name, value in tensors.items() if name != "layers.1.share_factor"}
+    refused(some, metadata, "factors on the least share for some layers only")
     bias = tensors["layers.1.level_bias"]
     bad_biases = [
         (torch.full_like(bias, float("nan")), "not finite"),

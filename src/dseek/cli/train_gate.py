@@ -75,6 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most tokens of the heads' windows in the mean over all heads (default: %(default)s)",
     )
+    group.add_argument(
+        "--density",
+        type=float,
+        default=0.2,
+        metavar="D",
+        help="share of all pairs that the heads may look at with a least share of 0.024; what each head gets of them "
+        "is chosen by what it costs the model to see less (default: %(default)s)",
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, rows and order (default: 0)")
     group.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: PyTorch's own choice)")
     group.add_argument("--tensorboard", action="store_true", help="write curves for TensorBoard into DIR/runs")
@@ -98,10 +106,11 @@ def run(args: argparse.Namespace) -> int:
     from dseek.models.gate_file import FILE_NAME, fingerprint
     from dseek.models.long_positions import extend_positions
     from dseek.models.window_choice import WindowChoice
-    from dseek.train import gate_training, level_bias
+    from dseek.train import gate_training, head_shares, level_bias
     from dseek.train.sample_windows import sample_windows
 
     config = gate_training.GateTraining(gate_dim=args.gate_dim, num_passes=args.passes, seed=args.seed)
+    shares = head_shares.HeadShares(density=args.density, seed=args.seed)
     window_choice = WindowChoice(mean_tokens=args.mean_window)
     if config.gate_dim % 16:
         raise ConfigError(f"the gate's width is {config.gate_dim}", needed="a multiple of 16")
@@ -120,20 +129,21 @@ def run(args: argparse.Namespace) -> int:
         samples = gate_training.make_samples(decoders.of, texts, folder / "samples", config, progress)
         shape = files.shape
         own = files.shape.max_position_embeddings
+        short = [text[:own] for text in texts]
         biases = level_bias.learn_level_biases(
             decoders.of(own),
-            [text[:own] for text in texts],
+            short,
             folder / "level_bias.safetensors",
             level_bias.LevelBiasTraining(seed=args.seed),
             progress,
         )
-        del decoders
         gates = gate_training.new_gates(shape, config)
         gate_training.train_gates(gates, samples, folder / "state.safetensors", config, progress)
-        dense = gate_training.dense_heads(gates, samples, config)
+        costs = head_shares.measure_heads(decoders.of(own), short, gates, folder / "heads", shares, progress)
+        factors = head_shares.choose_shares(costs, shares.density)
         windows = sample_windows(samples, shape, window_choice)
         gate_training.save_gates(
-            gates, dense, shape.rope.theta, fingerprint(files), folder / FILE_NAME, windows, level_biases=biases
+            gates, factors, shape.rope.theta, fingerprint(files), folder / FILE_NAME, windows, level_biases=biases
         )
     print(folder / FILE_NAME)
     return 0

@@ -43,6 +43,9 @@ window of 64, shares from 0.01 to 0.1 (`benchmarks.experiments.row_patterns`): w
 EVERY_BLOCK = 2**20
 """Window in blocks of a head that sees everything: more than any sequence has, and what the kernels take at most."""
 
+MAX_SHARE_FACTOR = 1024.0
+"""On a head's least share; a share of 1 and more opens nothing."""
+
 MAX_FLAT_BLOCKS = 256
 """Cells that a selection by rows may start from; one more and it starts a level higher."""
 
@@ -67,6 +70,8 @@ class AttentionPattern:
     """Whether the model's trained gate expects the shares, rather than the mean keys; only with a least share."""
     dense_heads: tuple[int, ...] = ()
     """Key-value heads that see everything all the same, rising; only with a least share."""
+    share_factors: tuple[float, ...] = ()
+    """By how much each key-value head's least share is larger; empty where all have the same. Only with a gate."""
 
     def __post_init__(self) -> None:
         """Check the values against each other.
@@ -103,6 +108,12 @@ class AttentionPattern:
                 f"a {self.kind} attention pattern with a gate or dense heads, but without a least share",
                 remedy="take the pattern dynamic with a least share",
             )
+        if self.share_factors and not self.gate:
+            raise ConfigError("an attention pattern with factors on the least share, but without a gate")
+        if not all(0.0 < factor <= MAX_SHARE_FACTOR for factor in self.share_factors):
+            raise ConfigError(
+                f"the factors {list(self.share_factors)} on the least share", needed=f"above 0 to {MAX_SHARE_FACTOR:g}"
+            )
         if list(self.dense_heads) != sorted({head for head in self.dense_heads if head >= 0}):
             raise ConfigError(f"the dense heads {list(self.dense_heads)}", needed="indices from 0 on, rising")
 
@@ -128,16 +139,38 @@ class AttentionPattern:
             EVERY_BLOCK if head in self.dense_heads else window // BLOCK_TOKENS for head, window in enumerate(windows)
         )
 
+    def min_shares(self, num_kv_heads: int) -> tuple[float, ...]:
+        """Return every head's least share; 0 in all of them where a block's first query chooses.
+
+        Args:
+            num_kv_heads: heads that need one.
+
+        Raises:
+            ConfigError: the pattern is for another number of heads.
+        """
+        factors = self.share_factors or (1.0,) * num_kv_heads
+        if len(factors) != num_kv_heads:
+            raise ConfigError(
+                f"an attention pattern with {len(factors)} factors on the least share", needed=f"{num_kv_heads}"
+            )
+        return tuple(self.min_share * factor for factor in factors)
+
     @property
     def expected_blocks(self) -> float:
-        """Blocks that are opened beside the window and the first one: all of `top_blocks`, or what a share lets expect.
+        """Blocks that are opened beside the window and the first one: all of `top_blocks`, or what shares let expect.
 
-        By rows, a strip's queries together, in heads that do not see everything (`OPENED_BLOCKS`).
+        By rows, a strip's queries together, in the mean over heads that do not see everything (`OPENED_BLOCKS`).
         """
         if not self.min_share:
             return float(self.top_blocks)
         factor, power = OPENED_BLOCKS[self.gate]
-        return min(float(self.top_blocks), factor * math.pow(self.min_share, power))
+        shares = [
+            self.min_share * larger
+            for head, larger in enumerate(self.share_factors or (1.0,))
+            if head not in self.dense_heads or not self.share_factors
+        ]
+        opened = [min(float(self.top_blocks), factor * math.pow(share, power)) for share in shares if share < 1.0]
+        return sum(opened) / max(len(shares), 1)
 
     def visible_tokens(self, context_tokens: int, num_kv_heads: int) -> float:
         """Return how many exact tokens the newest query of a context sees, in the mean over heads.

@@ -261,7 +261,7 @@ def _mark_rows(
         q_THd[:, group * heads : (group + 1) * heads],
         k_TGd[:, group : group + 1],
         near_blocks=(near_blocks,),
-        min_share=pattern.min_share,
+        min_share=pattern.min_shares(k_TGd.shape[1])[group],
         top_blocks=pattern.top_blocks,
         scorer=scorer,
     )[0]

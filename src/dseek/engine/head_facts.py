@@ -37,4 +37,6 @@ def head_facts(files: ModelFiles, wish: AttentionWish | None) -> HeadFacts:
         from dseek.engine.window_calibration import head_windows
 
         windows = head_windows(files)
-    return HeadFacts(gate=gates is not None, dense_heads=gates.dense_heads if gates else (), windows=windows)
+    if gates is None:
+        return HeadFacts(windows=windows)
+    return HeadFacts(gate=True, dense_heads=gates.dense_heads, share_factors=gates.share_factors, windows=windows)

@@ -188,6 +188,7 @@ def _build(compiled: ModuleType, files: ModelFiles, plan: Plan) -> Any:
                 top_blocks=pattern.top_blocks,
                 far=pattern.far,
                 min_share=pattern.min_share,
+                share_factors=list(pattern.share_factors),
                 level_bias=level_bias,
                 gate=gates.layers[layer].learned if gates is not None and pattern.gate else None,
             )

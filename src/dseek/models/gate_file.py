@@ -6,7 +6,8 @@ of the model it was trained on) in its metadata, and for every layer i the tenso
 `layers.i.own` [H, d], `layers.i.own_bias` [H] and `layers.i.dense` [G], in F32, F16 or BF16: H query heads, G key and
 value heads, d head width, g gate width (a multiple of 16), L levels; dense is 1 for heads that have to see everything,
 since no gate finds what they look for, and 0 for the others. It MAY carry `layers.i.window` [G], for all layers or for
-none: the window of each key and value head in tokens, one of 64, 128, ... 4096. What the numbers mean says
+none: the window of each key and value head in tokens, one of 64, 128, ... 4096; and likewise `layers.i.share_factor`
+[G], above 0: by how much a head's least share is larger than what a pattern says. What the numbers mean says
 `dseek.train.gate`.
 
 It MAY also carry `layers.i.level_bias` [H, M], M from 1 to 6, which is added to the scores of far cells by level (those
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dseek.core.attention_pattern import BLOCK_TOKENS, WINDOWS
+from dseek.core.attention_pattern import BLOCK_TOKENS, MAX_SHARE_FACTOR, WINDOWS
 from dseek.core.errors import FileFormatError
 from dseek.core.shape import ModelShape
 from dseek.models.encoding import to_float32
@@ -73,6 +74,8 @@ class LayerGate:
     """[G], 1 for heads that see everything."""
     window: np.ndarray | None = None
     """[G], tokens; None where the file does not say."""
+    share_factor: np.ndarray | None = None
+    """[G], factor on the least share; None where all heads have the same."""
     level_bias: np.ndarray | None = None
     """[H, M], added to the scores of far cells by level, or None."""
 
@@ -124,6 +127,12 @@ class Gates:
         if any(layer.window is None for layer in self.layers):
             return ()
         return tuple(tuple(int(tokens) for tokens in layer.window) for layer in self.layers if layer.window is not None)
+
+    @property
+    def share_factors(self) -> tuple[tuple[float, ...], ...]:
+        """Factors on the least share by layer and key and value head; empty where the file does not say."""
+        factors = [layer.share_factor for layer in self.layers]
+        return tuple(tuple(float(value) for value in factor) for factor in factors if factor is not None)
 
     def rotation(self, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
         """Tabulate the rotation at the first position of every block.
@@ -207,8 +216,12 @@ def read_gates(path: Path, shape: ModelShape) -> Gates:
         dims = {layer.query.shape[2] for layer in layers}
         if len(dims) != 1:
             raise FileFormatError(f"{path}: the layers' gates differ in width: {sorted(dims)}", needed="one width")
-        if len({layer.window is None for layer in layers}) != 1:
-            raise FileFormatError(f"{path} has windows for some layers only", needed="for all of them or for none")
+        for what, known in (
+            ("windows", [layer.window is not None for layer in layers]),
+            ("factors on the least share", [layer.share_factor is not None for layer in layers]),
+        ):
+            if len(set(known)) != 1:
+                raise FileFormatError(f"{path} has {what} for some layers only", needed="for all of them or for none")
         return Gates(layers, _theta(stored), stored.metadata.get("model", ""))
     finally:
         stored.close()
@@ -260,8 +273,23 @@ def _read_layer(stored: SafetensorsFile, layer: int, shape: ModelShape) -> Layer
     return LayerGate(
         **arrays,
         window=_read_windows(stored, f"layers.{layer}.window", groups),
+        share_factor=_read_share_factors(stored, f"layers.{layer}.share_factor", groups),
         level_bias=_read_level_bias(stored, f"layers.{layer}.level_bias", heads),
     )
+
+
+def _read_share_factors(stored: SafetensorsFile, name: str, num_kv_heads: int) -> np.ndarray | None:
+    """Read and check the factors on the least share of one layer, if there are any."""
+    if name not in stored.tensors:
+        return None
+    factors_G = _read_array(stored, name)
+    if factors_G.shape != (num_kv_heads,) or not ((factors_G > 0) & (factors_G <= MAX_SHARE_FACTOR)).all():
+        raise FileFormatError(
+            f"{stored.path}: {name} is {factors_G.tolist()}"[:200],
+            needed=f"{num_kv_heads} factors above 0 and up to {MAX_SHARE_FACTOR:g}",
+            remedy="train a gate for this model with `dseek train-gate`",
+        )
+    return factors_G
 
 
 def _read_level_bias(stored: SafetensorsFile, name: str, num_heads: int) -> np.ndarray | None:

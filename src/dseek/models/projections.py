@@ -64,27 +64,45 @@ def layer_projections(
     for layer, block in enumerate(model.layers):
         assert isinstance(block, Block)
         attention = block.self_attn
-        q_THd, k_TGd, v_TGd = _project(attention, block.input_layernorm(x_TD))
+        q_THd, k_TGd, v_TGd = project(attention, block.input_layernorm(x_TD))
         q_rotated_THd, k_rotated_TGd = rotate(q_THd, *rotation), rotate(k_TGd, *rotation)
         windowed = shape.window_layers is None or shape.window_layers[layer]
         window = shape.sliding_window if windowed else None
         yield LayerProjections(q_THd, k_TGd, q_rotated_THd, k_rotated_TGd, v_TGd, window)
-        out_THd = _attend(q_rotated_THd, k_rotated_TGd, v_TGd, window)
+        out_THd = attend(q_rotated_THd, k_rotated_TGd, v_TGd, window)
         x_TD = x_TD + attention.o_proj(out_THd.flatten(1))
         mixed = [block.mlp(block.post_attention_layernorm(x_RD)) for x_RD in x_TD.split(CHUNK_ROWS)]
         x_TD = x_TD + torch.cat(mixed)
 
 
-def _project(attention: Attention, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make queries [T, H, d], keys [T, G, d] and values [T, G, d], none rotated."""
+def project(attention: Attention, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Make queries, keys and values of a layer.
+
+    Args:
+        attention: the layer's.
+        x_TD: normed states.
+
+    Returns:
+        Queries [T, H, d], keys [T, G, d] and values [T, G, d], none rotated.
+    """
     heads = (len(x_TD), -1, attention.head_dim)
     q_THd = attention.q_norm(attention.q_proj(x_TD).view(heads))
     k_TGd = attention.k_norm(attention.k_proj(x_TD).view(heads))
     return q_THd, k_TGd, attention.v_proj(x_TD).view(heads)
 
 
-def _attend(q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, window: int | None) -> torch.Tensor:
-    """Causal attention of all rows, [T, H, d]; with a window, chunk by chunk over the keys that a chunk may see."""
+def attend(q_THd: torch.Tensor, k_TGd: torch.Tensor, v_TGd: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Attend causally, in all rows; with a window, chunk by chunk over the keys that a chunk may see.
+
+    Args:
+        q_THd: [T, H, d] rotated queries.
+        k_TGd: [T, G, d] rotated keys.
+        v_TGd: [T, G, d] values.
+        window: newest tokens that a row sees; None is all.
+
+    Returns:
+        [T, H, d].
+    """
     if window is None:
         return _fused(q_THd, k_TGd, v_TGd, None)
     chunks = []

@@ -207,7 +207,7 @@ def patterns_text(patterns: Sequence[AttentionPattern]) -> str:
     by_head = any(len(pattern.window_tokens) > 1 for pattern in patterns)
     for pattern in patterns:
         windows = WINDOWS[:1] if by_head and pattern.kind != "dense" else pattern.window_tokens
-        key = dataclasses.replace(pattern, window_tokens=windows, dense_heads=())
+        key = dataclasses.replace(pattern, window_tokens=windows, dense_heads=(), share_factors=())
         alike.setdefault(key, []).append(pattern)
     groups = sorted(alike.values(), key=len, reverse=True)
     texts = [_alike_text(group) for group in groups]

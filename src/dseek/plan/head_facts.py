@@ -23,6 +23,8 @@ class HeadFacts:
     """Whether the model has a trained gate."""
     dense_heads: tuple[tuple[int, ...], ...] = ()
     """Heads of each layer that have to see everything where the gate chooses; empty without a gate."""
+    share_factors: tuple[tuple[float, ...], ...] = ()
+    """Factor on each head's least share where the gate chooses; empty where there are none."""
     windows: tuple[tuple[int, ...], ...] = ()
     """Window of each head in tokens; empty where they are not known."""
 
@@ -54,6 +56,7 @@ class HeadFacts:
                 window_tokens=self.windows[layer] if own_windows else pattern.window_tokens,
                 gate=follows_gate,
                 dense_heads=self.dense_heads[layer] if follows_gate else (),
+                share_factors=self.share_factors[layer] if follows_gate and self.share_factors else (),
             )
             for layer in range(num_layers)
         )

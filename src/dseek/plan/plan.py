@@ -326,6 +326,11 @@ def _check(plan: Plan, where: str) -> None:
                 f"{where}.attention_patterns[{layer}] has {len(pattern.window_tokens)} windows",
                 needed=f"1, or one for each of {shape.num_kv_heads} key-value heads",
             )
+        if len(pattern.share_factors) not in (0, shape.num_kv_heads):
+            raise ConfigError(
+                f"{where}.attention_patterns[{layer}] has {len(pattern.share_factors)} factors on the least share",
+                needed=f"one for each of the {shape.num_kv_heads} key-value heads, or none",
+            )
         if pattern.dense_heads and pattern.dense_heads[-1] >= shape.num_kv_heads:
             raise ConfigError(
                 f"{where}.attention_patterns[{layer}] has a dense head {pattern.dense_heads[-1]}",

@@ -42,8 +42,6 @@ class GateTraining:
     """Window in blocks; cells inside are not chosen and so not learned."""
     num_rows: int = 256
     """Rows of each text whose true attention is computed."""
-    dense_share: float = 0.055
-    """Share of all key and value heads that are to see everything: those whose attention the gate misses most."""
     num_passes: int = 16
     """Passes over the samples."""
     learning_rate: float = 5e-3
@@ -64,7 +62,6 @@ class GateTraining:
             ("number of levels", self.num_levels, 1, 6),
             ("window in blocks", self.near_blocks, 1, 64),
             ("number of rows", self.num_rows, 1, 65_536),
-            ("share of dense heads", self.dense_share, 0.0, 1.0),
             ("number of passes", self.num_passes, 1, 10_000),
         )
         for what, value, low, high in ranges:
@@ -212,56 +209,6 @@ def gate_loss(gate: Gate, sample: LayerSample, config: GateTraining) -> torch.Te
     return torch.stack(losses).mean()
 
 
-def missed_mass(gate: Gate, sample: LayerSample, config: GateTraining, min_share: float = 0.03) -> torch.Tensor:
-    """Sum the mass of whole blocks that heads look at and the gate would leave closed.
-
-    Args:
-        gate: the layer's gate.
-        sample: one text in that layer.
-        config: the window.
-        min_share: what opens a block.
-
-    Returns:
-        [G], of blocks that hold a tenth of some head's mass and more.
-    """
-    blocks_R = sample.rows // BLOCK_TOKENS
-    scores = _scores(gate, sample, 0)
-    before_RB = torch.arange(scores.shape[-1])[None] < blocks_R[:, None]
-    both = torch.cat((scores.masked_fill(~before_RB[:, None], -1e9), gate.own_block(sample.queries)[..., None]), dim=-1)
-    groups = (sample.means.shape[1], -1)
-    share_RGB = both.softmax(-1)[..., :-1].unflatten(1, groups).amax(2)
-    mass_RGB = sample.mass.unflatten(1, groups).amax(2)
-    free_RB = free_cells(blocks_R, scores.shape[-1], 0, config.near_blocks)
-    missed = (mass_RGB > 0.1) & (share_RGB < min_share) & free_RB[:, None]
-    return (mass_RGB * missed).sum((0, 2))
-
-
-def dense_heads(gates: torch.nn.ModuleList, files: Sequence[Path], config: GateTraining) -> torch.Tensor:
-    """Choose the key and value heads that have to see everything: those whose attention the gates miss most.
-
-    Args:
-        gates: trained.
-        files: of `make_samples`.
-        config: how many.
-
-    Returns:
-        bool [layers, G].
-    """
-    with torch.no_grad():
-        missed_LG = torch.stack(
-            [
-                torch.stack(
-                    [missed_mass(gate, sample, config) for gate, sample in zip(_as_list(gates), samples, strict=True)]
-                )
-                for samples in (read_samples(file, len(gates)) for file in files)
-            ]
-        ).sum(0)
-    count = round(config.dense_share * missed_LG.numel())
-    chosen = torch.zeros(missed_LG.numel(), dtype=torch.bool)
-    chosen[missed_LG.flatten().argsort(descending=True)[:count]] = True
-    return chosen.view_as(missed_LG) & (missed_LG > 0)
-
-
 def _scores(gate: Gate, sample: LayerSample, level: int) -> torch.Tensor:
     """All cells of a level for all rows of a sample."""
     statistics, means = pool_statistics(sample.statistics, level), pool_means(sample.means, level)
@@ -358,7 +305,7 @@ def _restore(
 
 def save_gates(
     gates: torch.nn.ModuleList,
-    dense_LG: torch.Tensor,
+    factors_LG: torch.Tensor,
     theta: float,
     model: str,
     path: Path,
@@ -370,14 +317,17 @@ def save_gates(
 
     Args:
         gates: of `new_gates`, trained.
-        dense_LG: of `dense_heads`.
+        factors_LG: of `dseek.train.head_shares`, 0 for heads that see everything.
         theta: base of their rotation.
         model: fingerprint of the model.
         path: the file, written whole or not at all.
         windows_LG: of `dseek.train.sample_windows`, powers of two, which bfloat16 holds as they are; None for none.
         level_biases: [H, M] of each layer, of `dseek.train.level_bias`, or none.
     """
-    tensors = {f"layers.{layer}.dense": dense.bfloat16() for layer, dense in enumerate(dense_LG)}
+    tensors = {f"layers.{layer}.dense": (factors_G == 0).bfloat16() for layer, factors_G in enumerate(factors_LG)}
+    for layer, factors_G in enumerate(factors_LG):
+        # The kernels never ask for the factor of a head that sees everything.
+        tensors[f"layers.{layer}.share_factor"] = factors_G.where(factors_G > 0, 1.0).bfloat16()
     if windows_LG is not None:
         tensors |= {f"layers.{layer}.window": windows_G.bfloat16() for layer, windows_G in enumerate(windows_LG)}
     tensors |= {f"layers.{layer}.level_bias": bias.bfloat16() for layer, bias in enumerate(level_biases)}

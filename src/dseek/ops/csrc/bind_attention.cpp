@@ -100,7 +100,7 @@ DynamicPattern pattern_of(const std::vector<int>& near_blocks, int top_blocks, b
     require(min_share >= 0. && min_share < 1., "min_share must be at least 0 and below 1");
     require(min_share == 0. || top_blocks > 0, "a selection by rows needs top_blocks of at least 1");
     require(min_share == 0. || !far, "far cells need a selection by blocks, so no min_share");
-    DynamicPattern pattern{near_blocks, top_blocks, far, static_cast<float>(min_share), {}, {}};
+    DynamicPattern pattern{near_blocks, top_blocks, far, static_cast<float>(min_share), {}, {}, {}};
     if (level_bias) {
         require_aligned(*level_bias);
         pattern.level_bias.assign(level_bias->data(), level_bias->data() + level_bias->size());

@@ -20,6 +20,8 @@ using namespace nb::literals;
 namespace dseek {
 namespace {
 
+constexpr double kMostShareFactor = 1024.;
+
 // New positions of whole sequences, [sequences, 2], and their page tables.
 using Wholes = std::tuple<Input<int32_t, 2>, Input<int32_t, 2>>;
 
@@ -71,8 +73,17 @@ public:
     }
 
     void set_pattern(int layer, const std::vector<int>& near_blocks, int top_blocks, bool far, double min_share,
-                     const std::optional<Input<float, 2>>& level_bias, const std::optional<GateArrays>& gate) {
+                     const std::vector<double>& share_factors, const std::optional<Input<float, 2>>& level_bias,
+                     const std::optional<GateArrays>& gate) {
         DynamicPattern pattern = pattern_of(near_blocks, top_blocks, far, min_share, level_bias);
+        if (!share_factors.empty()) {
+            require(share_factors.size() == static_cast<size_t>(decoder_.shape().num_kv_heads) && min_share > 0.,
+                    "share_factors needs a factor for each key-value head, and min_share");
+            for (const double factor : share_factors) {
+                require(factor > 0. && factor <= kMostShareFactor, "a factor on the least share is out of range");
+                pattern.min_shares.push_back(static_cast<float>(min_share * factor));
+            }
+        }
         if (gate) pattern.gate = gate_of(*gate, decoder_.shape().num_heads, decoder_.shape().num_kv_heads);
         const auto lock = hold();
         decoder_.set_pattern(layer, std::move(pattern));
@@ -279,7 +290,8 @@ void bind_decoder(nb::module_& module) {
         .def("set_tables", &OwningDecoder::set_tables, nb::kw_only(), "embedding"_a, "head"_a, "final_norm"_a)
         .def("set_rotary", &OwningDecoder::set_rotary, "cos"_a, "sin"_a)
         .def("set_pattern", &OwningDecoder::set_pattern, "layer"_a, nb::kw_only(), "near_blocks"_a, "top_blocks"_a,
-             "far"_a = false, "min_share"_a = 0., "level_bias"_a = nb::none(), "gate"_a = nb::none())
+             "far"_a = false, "min_share"_a = 0., "share_factors"_a = std::vector<double>(),
+             "level_bias"_a = nb::none(), "gate"_a = nb::none())
         .def("set_gate_rotation", &OwningDecoder::set_gate_rotation, "cos"_a, "sin"_a)
         .def("selection", &OwningDecoder::selection, "layer"_a, "kv_head"_a, "pages"_a, "query_block"_a)
         .def("row_selection", &OwningDecoder::row_selection, "layer"_a, "kv_head"_a, "pages"_a, "position"_a)

@@ -20,12 +20,16 @@ struct DynamicPattern {
     std::vector<int> near_blocks;  // [kv heads], window in blocks
     int top_blocks = 0;  // opened at every level; 0 leaves the window and the first block
     bool far = false;
-    float min_share = 0.f;  // see Budget
+    float min_share = 0.f;  // see Budget; whether it is above 0 holds for all heads
     std::vector<float> level_bias;  // [heads][levels], natural logarithm; empty: zeros
     Gate gate;  // of a selection by rows; not active: cells are scored by their mean keys
 
     bool active() const { return !near_blocks.empty(); }
-    Budget budget(int kv_head) const { return {near_blocks[kv_head], top_blocks, far, min_share}; }
+    std::vector<float> min_shares;  // [kv heads], above 0; empty: `min_share` for all
+
+    Budget budget(int kv_head) const {
+        return {near_blocks[kv_head], top_blocks, far, min_shares.empty() ? min_share : min_shares[kv_head]};
+    }
 };
 
 // One key-value head of a sequence in a layer.
