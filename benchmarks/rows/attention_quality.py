@@ -49,7 +49,7 @@ class Budget:
 
 DENSE: dict[str, Any] = {"attention": "dense"}
 
-DENSITY_FIFTH = Budget(min_share=0.026)
+DENSITY_FIFTH = Budget(min_share=0.031)
 """Looks at a fifth of the causal pairs of 8192 tokens."""
 
 
