@@ -198,9 +198,9 @@ def write_gate(folder: Path, windows: list[list[int]] | None) -> None:
     """A gate that was not trained, whose second layer's second head stays dense."""
     with open_model(str(folder)) as files:
         gates = new_gates(files.shape, GateTraining(gate_dim=16))
-        dense = torch.tensor([[False, False], [False, True]])
+        factors = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
         chosen = None if windows is None else torch.tensor(windows)
-        save_gates(gates, dense, files.shape.rope.theta, fingerprint(files), folder / FILE_NAME, chosen)
+        save_gates(gates, factors, files.shape.rope.theta, fingerprint(files), folder / FILE_NAME, chosen)
 
 
 def watch_patterns(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], bool]]:

@@ -96,6 +96,7 @@ class FakeGates:
     """What the planner asks a gate file."""
 
     dense_heads = ((0, 2), *((),) * 28, (1,))
+    share_factors = ()
     windows = ((64, 128, 4096), *((256, 256, 256),) * 29)
 
 

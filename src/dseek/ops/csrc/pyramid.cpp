@@ -58,9 +58,9 @@ std::vector<Pyramid::Span> Pyramid::selected() const {
 }
 
 uint8_t* Pyramid::record(const HeadView& head, int block) const {
-    // Head by head, since a selection goes through the records of one.
-    const size_t of_head = (static_cast<size_t>(head.layer) * layout_.num_kv_heads + head.kv_head) * num_pages_;
-    const size_t index = of_head + head.pages[block];
+    const size_t index = (static_cast<size_t>(head.pages[block]) * layout_.num_layers + head.layer) *
+                             static_cast<size_t>(layout_.num_kv_heads) +
+                         head.kv_head;
     return memory_.data() + index * record_bytes_;
 }
 
