@@ -1,9 +1,9 @@
 """What attention loses where every query selects for itself: `python -m benchmarks.experiments.row_patterns`.
 
 Runs SmolLM2 through the engine, bf16 weights and cache, over texts of 8,192 tokens that the gate was not trained on:
-least shares with two windows, followed by mean keys and by the trained gate with its dense heads. Each is compared with
-dense attention, text by text, on the positions from 2,192 on; pairs and opened blocks are counted in the selections
-themselves. The figures of `dseek.plan.attention_loss` and `dseek.core.attention_pattern` come from here.
+least shares with two windows, followed by mean keys and by the trained gate with its least shares by head. Each is
+compared with dense attention, text by text, on the positions from 2,192 on; pairs and opened blocks are counted in the
+selections themselves. The figures of `dseek.plan.attention_loss` and `dseek.core.attention_pattern` come from here.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from benchmarks import standard_library
 from benchmarks.experiments.patterns import FIRST, TOKENS, Losses
 from benchmarks.peers.attention_pairs import WatchedRunner, count_skipped
 from dseek.core.attention_pattern import BLOCK_TOKENS, AttentionPattern
+from dseek.engine.head_facts import head_facts
 from dseek.models.files import open_model
-from dseek.models.gate_file import find_gates
 from dseek.models.tokenizer import Tokenizer
 from dseek.ops.attention.row_selection import STRIP_ROWS
-from dseek.plan.attention_wish import MOST_BLOCKS, SEARCHED_SHARES
+from dseek.plan.attention_wish import MOST_BLOCKS, SEARCHED_SHARES, AttentionWish
+from dseek.plan.head_facts import HeadFacts
 
 WINDOWS = (64, 256)
 
@@ -103,20 +104,18 @@ def main() -> None:
     arguments = parser.parse_args()
     losses = Losses(arguments.model, arguments.texts, held_out_texts)
     with open_model(arguments.model) as files:
-        gates = find_gates(files)
-    for gated in (True, False) if gates is not None else (False,):
-        print(f"\nfollowed by {'the trained gate, with its dense heads' if gated else 'mean keys'}", flush=True)
+        from_gate = head_facts(files, AttentionWish(kind="dynamic"))
+    for gated in (True, False) if from_gate.gate else (False,):
+        print(
+            f"\nfollowed by {'the trained gate, with its least shares by head' if gated else 'mean keys'}", flush=True
+        )
         for window in arguments.windows:
             for share in arguments.shares:
                 pattern = AttentionPattern(
-                    kind="dynamic", window_tokens=(window,), top_blocks=MOST_BLOCKS, min_share=share, gate=gated
+                    kind="dynamic", window_tokens=(window,), top_blocks=MOST_BLOCKS, min_share=share
                 )
-                patterns = (pattern,) * losses.num_layers
-                if gates is not None and gated:
-                    patterns = tuple(
-                        dataclasses.replace(pattern, dense_heads=tuple(np.flatnonzero(layer.dense > 0.5).tolist()))
-                        for layer in gates.layers
-                    )
+                facts = from_gate if gated else HeadFacts()
+                patterns = facts.fitted(pattern, losses.num_layers, own_windows=False)
                 report(losses, f"window {window}, shares from {share:g}", patterns)
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from benchmarks.errors import IncorrectError
 from benchmarks.models import SMOLLM2
 from benchmarks.peers.turns import TurnRanks, run_in_turn
 from benchmarks.rows import Settings, pattern, row, shards, training
+from dseek.models.gate_file import SHIPPED
 from dseek.plan.attention_wish import AttentionWish
 
 SMOKE = Settings(threads=1, rounds=1, smoke=True)
@@ -71,11 +73,18 @@ def test_the_pattern_is_said_in_one_place() -> None:
     assert wish.patterns() == [dataclasses.replace(pattern.MODEL_PATTERN, gate=False)]
     assert pattern.visible_tokens(100) == pytest.approx(100)
     seen = pattern.MODEL_PATTERN.visible_tokens(16384, 1)
-    assert seen < pattern.visible_tokens(16384) == pytest.approx(seen + (16384 - seen) / 18)
+    assert seen < pattern.visible_tokens(16384) == pytest.approx(seen + (16384 - seen) / 90)
     by_hand = sum(pattern.visible_tokens(tokens) for tokens in range(1, 1001))
     assert pattern.prefill_pairs(1000) == pytest.approx(by_hand)
     dense = SMOLLM2.prefill_attention_operations(1000)
     assert SMOLLM2.prefill_attention_operations(1000, by_hand) == pytest.approx(dense * by_hand / (1000 * 1001 / 2))
+
+
+def test_the_dense_heads_are_those_of_the_gate_that_ships() -> None:
+    (file,) = SHIPPED.glob("smollm2-135m-*.safetensors")
+    with safe_open(str(file), "pt") as stored:
+        dense = torch.cat([stored.get_tensor(name) for name in stored.keys() if name.endswith(".dense")])  # noqa: SIM118
+    assert pattern.DENSE_SHARE == pytest.approx(float(dense.float().mean()))
 
 
 def test_ranks_take_turns_and_are_charged_for_what_they_do() -> None:

@@ -34,11 +34,11 @@ from dseek.core.files import atomic_write_bytes
 from dseek.models.decoder import Block, Decoder
 from dseek.models.projections import CHUNK_ROWS, attend, project
 from dseek.ops.attention.rotary import rotate
+from dseek.ops.attention.row_selection import STRIP_ROWS
 from dseek.train.gate import Gate
 from dseek.train.gate_samples import key_statistics
 from dseek.train.gate_training import Progress
 
-STRIP_ROWS = 16
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 32.0, MAX_SHARE_FACTOR)
 """Factors on the least share to choose among; with the last one nothing is opened."""
 
