@@ -240,10 +240,12 @@ def test_training_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path) -> 
     def note(*args: object) -> None:
         seen.append(args[:3])  # type: ignore[arg-type]
 
-    samples = make_samples(lambda _: decoder, texts, tmp_path / "samples", config, note)
+    samples = make_samples(lambda _: decoder, texts, tmp_path / "samples", config, note, model="a")
     assert seen == [("samples", 1, 2), ("samples", 2, 2)]
     with pytest.raises(ConfigError, match="another text"):
-        make_samples(lambda _: decoder, texts[::-1], tmp_path / "samples", config, note)
+        make_samples(lambda _: decoder, texts[::-1], tmp_path / "samples", config, note, model="a")
+    with pytest.raises(ConfigError, match="another text or model"):
+        make_samples(lambda _: decoder, texts, tmp_path / "samples", config, note, model="b")
     whole = new_gates(decoder.shape, config)
     losses: list[float] = []
     train_gates(whole, samples, tmp_path / "whole", config, lambda *args: losses.append(args[3]["loss"]))

@@ -126,7 +126,9 @@ def run(args: argparse.Namespace) -> int:
         lengths = [min(length, longest) for length in args.tokens]
         texts = _texts(files, args.text, args.samples, lengths, args.seed)
         decoders = _Decoders(files, args.max_position_embeddings)
-        samples = gate_training.make_samples(decoders.of, texts, folder / "samples", config, progress)
+        samples = gate_training.make_samples(
+            decoders.of, texts, folder / "samples", config, progress, model=f"{fingerprint(files)} {longest}"
+        )
         shape = files.shape
         own = files.shape.max_position_embeddings
         short = [text[:own] for text in texts]

@@ -79,6 +79,8 @@ def make_samples(
     folder: Path,
     config: GateTraining,
     progress: Progress,
+    *,
+    model: str,
 ) -> list[Path]:
     """Write a file of samples for every text that has none yet.
 
@@ -88,6 +90,7 @@ def make_samples(
         folder: where the files go, made if need be.
         config: number of rows, seed.
         progress: told after every text.
+        model: names the model and how far its positions reach; files made with another name are refused.
 
     Returns:
         The files, in the order of the texts.
@@ -99,7 +102,7 @@ def make_samples(
     files = []
     for index, token_ids in enumerate(texts):
         file = folder / f"{index:04d}.safetensors"
-        origin = _origin(token_ids, config)
+        origin = _origin(token_ids, config, model)
         if file.exists():
             _check_origin(file, origin)
         else:
@@ -121,10 +124,10 @@ def make_samples(
     return files
 
 
-def _origin(token_ids: torch.Tensor, config: GateTraining) -> str:
+def _origin(token_ids: torch.Tensor, config: GateTraining, model: str) -> str:
     """Name what a sample is made from."""
     digest = hashlib.sha256(token_ids.numpy().tobytes())
-    digest.update(f"{config.num_rows} {config.seed}".encode())
+    digest.update(f"{config.num_rows} {config.seed} {model}".encode())
     return digest.hexdigest()
 
 
@@ -132,8 +135,8 @@ def _check_origin(file: Path, origin: str) -> None:
     with safe_open(str(file), framework="pt") as stored:
         if (stored.metadata() or {}).get("origin") != origin:
             raise ConfigError(
-                f"{file} was made from another text, or with other settings",
-                needed="samples of the texts that are given",
+                f"{file} was made from another text or model, or with other settings",
+                needed="samples of the model and the texts that are given",
                 remedy="train into another folder, or take the samples away",
             )
 
