@@ -100,6 +100,15 @@ class RoundedLayer:
     errors: dict[str, float]
 
 
+def best_method(scheme: Scheme) -> Method:
+    """Name the method that was measured to cost a model least, where there are texts.
+
+    Args:
+        scheme: the integers.
+    """
+    return "gptq" if scheme.activation_bits is None else "smoothquant+gptq"
+
+
 def quantize_layers(
     files: ModelFiles, config: PtqConfig, texts_ST: torch.Tensor | None, work: Path, progress: Progress
 ) -> None:
