@@ -15,6 +15,7 @@ from dseek.core.errors import ConfigError
 
 LEAST_SCALE = 2.0**-17
 """Smaller scales are raised to it: bfloat16 and half hold the same numbers from here on."""
+_ZERO_SCALE_BITS = 7
 _SHRINKS = tuple(1 - step / 20 for step in range(9))
 
 
@@ -143,7 +144,7 @@ def choose_grid(
     Args:
         weight_NGg: float32 [N, G, g].
         scheme: the range.
-        scale_dtype: scales are rounded to it, since a file keeps them so.
+        scale_dtype: scales are rounded to it, since a file keeps them so; beside zero points to 7 bits.
         importance_Gg: float32 [G, g], what the square of an input's error counts; None: all alike.
         search: with 4 bits try ranges that are cut short too, by up to 40 %, and keep the one with the least error.
 
@@ -179,9 +180,11 @@ def _grid(lowest: torch.Tensor, highest: torch.Tensor, scheme: Scheme, scale_dty
         scale = torch.maximum(-lowest, highest) / scheme.most
     else:
         scale = (highest - lowest) / (scheme.most - scheme.least)
-    scale = scale.clamp_min(LEAST_SCALE).to(scale_dtype).float()
     if scheme.symmetric:
-        return Grid(scale, None)
+        return Grid(scale.clamp_min(LEAST_SCALE).to(scale_dtype).float(), None)
+    # Kernels and GGUF keep a group's minimum, scale times up to 15, as a half: with scales of 7 bits it is exact.
+    mantissa, exponent = torch.frexp(scale.clamp_min(LEAST_SCALE))
+    scale = torch.ldexp(torch.round(mantissa * 2**_ZERO_SCALE_BITS), exponent - _ZERO_SCALE_BITS)
     zero = torch.clamp(torch.round(scheme.least - lowest / scale), scheme.least, scheme.most)
     return Grid(scale, zero.to(torch.int8))
 
