@@ -318,9 +318,9 @@ def _spent(network: nn.Module, counted: FrequencySplitReport, splits: Mapping[st
     return sum(costs.values()) / sum(layer.candidates[0].cost for layer in counted.layers)
 
 
-def _interest(layer: LayerReport) -> float:
-    """A layer of many operations whose choice was open."""
-    return layer.candidates[0].cost - layer.chosen.cost
+def _interest(layer: LayerReport) -> tuple[int, float]:
+    """A layer with a fine spectrum, and of these the one with the most operations."""
+    return sum(share > 0 for share in layer.radial), layer.candidates[0].cost
 
 
 def draw(layer: LayerReport, path: Path) -> None:
@@ -353,7 +353,11 @@ def draw(layer: LayerReport, path: Path) -> None:
         response_axes.axvline(0.5 / factor, linestyle=":", color="0.4")
     response_axes.set_ylabel("share kept, along one axis")
     response_axes.set_ylim(0, 1.05)
-    axes.set_title(f"{layer.name}: {_describe(layer.chosen)}")
+    lines = [f"{layer.name}, chosen: {_describe(layer.chosen)}"]
+    split = [entry for entry in layer.candidates if entry.split is not None and entry.split.factor > 1]
+    if split and layer.chosen not in split:
+        lines.append(f"split with the least error: {_describe(min(split, key=lambda entry: entry.error))}")
+    axes.set_title("\n".join(lines), fontsize=9)
     handles = [entries for pair in (axes, response_axes) for entries in pair.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, loc="upper right")
     figure.tight_layout()
@@ -388,7 +392,9 @@ def main() -> int:
     parser.add_argument("--max-error", type=float, default=0.005, help="accepted of a layer (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="images at once (default: %(default)s)")
     parser.add_argument("--timings", type=int, default=0, help="rounds of timing; 0 leaves time out (the default)")
-    parser.add_argument("--layer", default="", help="layer to draw (default: the one that saves most)")
+    parser.add_argument(
+        "--layer", default="", help="layer to draw (default: the largest of those with the finest input)"
+    )
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw a layer's spectrum (PNG)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write every candidate of every layer (JSON)")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")

@@ -136,6 +136,19 @@ class Caller:
         """Pack a weight of odd sizes, inputs 33; half of them interleaved."""
         return self.blob(int(self.rng.choice([2, 4, 18, 36])), 33, interleaved=bool(self.rng.integers(2)))
 
+    def pieces(self) -> Arguments:
+        """Make pieces of a weight in three encodings, of any bytes, so that many numbers are not finite."""
+        return {
+            "format": str(self.rng.choice(FORMATS)),
+            "pieces": [
+                ("Q4_1", 3, self.rng.integers(0, 256, 3 * 40, np.uint8)),
+                ("Q4_0", 5, self.rng.integers(0, 256, 5 * 36, np.uint8)),
+                ("F16", 2, self.rng.integers(0, 256, 2 * 128, np.uint8)),
+            ],
+            "k": 64,
+            "interleaved": True,
+        }
+
     def arguments(self, name: str) -> Arguments:
         """Make arguments that are right."""
         rng, floats = self.rng, self.floats
@@ -145,16 +158,8 @@ class Caller:
             "set_num_threads": lambda: {"num_threads": int(rng.integers(1, 4))},
             "packed_bytes": lambda: {"format": str(rng.choice(FORMATS)), "n": 34, "k": 17, "interleaved": True},
             "pack": lambda: {"format": str(rng.choice(FORMATS)), "weight": floats(18, 33), "interleaved": True},
-            "pack_encoded": lambda: {
-                "format": str(rng.choice(FORMATS)),
-                "pieces": [
-                    ("Q4_1", 3, rng.integers(0, 256, 3 * 40, np.uint8)),
-                    ("Q4_0", 5, rng.integers(0, 256, 5 * 36, np.uint8)),
-                    ("F16", 2, rng.integers(0, 256, 2 * 128, np.uint8)),
-                ],
-                "k": 64,
-                "interleaved": True,
-            },
+            "pack_encoded": self.pieces,
+            "pack_inspected": self.pieces,
             "unpack": lambda: {"blob": self.any_blob()},
             "linear": lambda: {"x": floats(int(rng.integers(1, 40)), 33), "blob": self.any_blob()},
             "rms_norm": lambda: {"x": floats(3, 33), "weight": floats(33), "epsilon": 1e-5},

@@ -9,6 +9,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "formats.h"
 #include "numbers.h"
@@ -78,19 +79,54 @@ inline float overflow_limit(Format format) {
     return std::bit_cast<float>(kInfinityBits);
 }
 
+// Least and largest value of up to 32; padding counts as zero.
+inline void range_of(const float* w, int count, float& least, float& largest) {
+    typedef float Lanes __attribute__((vector_size(32)));
+    constexpr int kLanes = 8;
+    Lanes low{}, high{};
+    if (count == kGroup) {
+        std::memcpy(&low, w, sizeof low);
+        high = low;
+        for (int i = kLanes; i < kGroup; i += kLanes) {
+            Lanes value;
+            std::memcpy(&value, w + i, sizeof value);
+            low = value < low ? value : low;
+            high = value > high ? value : high;
+        }
+    } else {
+        for (int i = 0; i < count; ++i) {
+            low[i % kLanes] = std::min(low[i % kLanes], w[i]);
+            high[i % kLanes] = std::max(high[i % kLanes], w[i]);
+        }
+    }
+    least = low[0];
+    largest = high[0];
+    for (int lane = 1; lane < kLanes; ++lane) {
+        least = std::min(least, low[lane]);
+        largest = std::max(largest, high[lane]);
+    }
+}
+
 // A group of i8g or i4g whose values are finite and within the limit.
 inline void inspect_group(Format format, const float* w, int count, int row, int column, Findings& findings) {
-    const auto [least, largest] = std::minmax_element(w, w + count);
+    float bottom, top;
+    range_of(w, count, bottom, top);
+    const float magnitude = std::max(-bottom, top);
+    // A half that is not subnormal holds the scale to 2^-11 of it: 127 times that clips nothing by half a step. Nor do
+    // 15 times that and 2^-11 of the minimum, where the minimum is not many steps.
+    constexpr float kLeastNormalHalf = 0x1p-14f;
+    if (format == Format::i8g && magnitude >= 127.f * kLeastNormalHalf) return;
+    const float step = (top - bottom) / 15.f;
+    if (format == Format::i4g && step >= kLeastNormalHalf && magnitude <= 512.f * step && step < 65504.f) return;
+    const auto find_top = [&] { return static_cast<int>(std::max_element(w, w + count) - w); };
     float scale, minimum = 0.f, low = -127.5f, high = 127.5f;
-    // Groups are padded with zeros, which count where the range is taken.
-    const float bottom = count < kGroup ? std::min(*least, 0.f) : *least;
-    const float top = count < kGroup ? std::max(*largest, 0.f) : *largest;
     if (format == Format::i8g) {
-        scale = half_to_float(float_to_half(std::max(std::fabs(bottom), std::fabs(top)) / 127.f));
+        scale = half_to_float(float_to_half(magnitude / 127.f));
     } else {
-        const uint16_t half = float_to_half((top - bottom) / 15.f);
+        const uint16_t half = float_to_half(step);
         if (!is_finite_half(half)) {
-            findings.add(Finding::overflow, row, column + static_cast<int>(largest - w), *largest);
+            const int at = find_top();
+            findings.add(Finding::overflow, row, column + at, w[at]);
             return;
         }
         scale = half_to_float(half);
@@ -100,7 +136,10 @@ inline void inspect_group(Format format, const float* w, int count, int row, int
     }
     if (scale == 0.f) {
         const bool is_lost = format == Format::i8g ? (top != 0.f || bottom != 0.f) : top != bottom;
-        if (is_lost) findings.add(Finding::vanished, row, column + static_cast<int>(largest - w), *largest);
+        if (is_lost) {
+            const int at = find_top();
+            findings.add(Finding::vanished, row, column + at, w[at]);
+        }
         return;
     }
     // Comparing products spares a division; the steps at the ends only.
