@@ -189,6 +189,8 @@ def attention_bound(
             2 * error + _int8_rounding(x, np.abs(x).max(1, keepdims=True)) + UB16 * np.abs(x)
             for x, error in ((k, errors[1]), (v, errors[2]))
         )
+        # Or queries are integers of fifteen bits with a scale a head ...
+        dq = dq + np.abs(q).max(1, keepdims=True) * 2.0**-16
     root = np.sqrt(width)
     scores = q @ k.T / root
     aq, ak = np.abs(q), np.abs(k)
@@ -203,4 +205,9 @@ def attention_bound(
     count = num_tokens + num_tokens // 64 + 8
     spread = np.stack([(weights[row] @ np.abs(v - out[row])) for row in range(num_tokens)])
     held = weights @ (np.abs(v) + dv)
-    return out, ratio * spread + (1 + ratio) * (weights @ dv) + g(count) * (1 + ratio) * held
+    bound = ratio * spread + (1 + ratio) * (weights @ dv) + g(count) * (1 + ratio) * held
+    if cache_dtype == "int8":
+        # ... and so are weights times the values' scales, up to the largest of them.
+        largest_product = (weights * np.abs(v).max(1)).max(1, keepdims=True)
+        bound = bound + (1 + ratio) * visible.sum(1, keepdims=True) * largest_product * 2.0**-16
+    return out, bound
