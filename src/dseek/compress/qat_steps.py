@@ -116,10 +116,7 @@ class WeightRounding(torch.nn.Module):
         """
         blocks = self._blocks(wide(weight))
         if not self.symmetric:
-            with torch.no_grad():
-                least, largest = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-                minimum = least.half().float()
-                step = ((largest - least) / 15).half().float().clamp_min(2.0**-24)
+            step, minimum = _step_and_minimum(blocks.detach())
             return qat_rounding.round_to_steps(blocks - minimum, step, 0, 15, self.delta), step, minimum
         step = self.current_step(blocks)
         return qat_rounding.round_to_steps(blocks, step, self.low, self.high, self.delta), step, None
@@ -133,6 +130,14 @@ class WeightRounding(torch.nn.Module):
             return Rounded(integers, step)
         rounded = integers * step if minimum is None else integers * step + minimum
         return Rounded(rounded.flatten(1)[:, : weight.shape[1]], None)
+
+
+def _step_and_minimum(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step and least value of groups whose zero is a level but not in the middle, both as float16 holds them."""
+    least, largest = blocks.amin(-1, keepdim=True).clamp_max(0), blocks.amax(-1, keepdim=True).clamp_min(0)
+    step = ((largest - least) / 15).half().float().clamp_min(2.0**-24)
+    levels_below = (-least / step).round().clamp(0, 15)
+    return step, (-levels_below * step).half().float()
 
 
 def _as_half(step: torch.Tensor) -> torch.Tensor:
