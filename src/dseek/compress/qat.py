@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dseek.compress.convert import convert, load, save
 from dseek.compress.qat_config import QatConfig
+from dseek.compress.qat_curvature import update_deltas
 from dseek.compress.qat_layers import FoldedBatchNorm, QatConv1d, QatConv2d, QatLayer, QatLinear
 from dseek.compress.qat_prepare import LayerChoice, inspect, prepare, restore
 from dseek.compress.qat_training import (
@@ -47,4 +48,5 @@ __all__ = [
     "restore",
     "rounding",
     "save",
+    "update_deltas",
 ]

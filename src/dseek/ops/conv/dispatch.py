@@ -95,6 +95,8 @@ def integer_conv(
             f"images of {x.dim()} dimensions, stride {stride}, dilation {dilation}, padding {padding}; "
             "needed: [B, C, H, W], two numbers from 1 on, two from 1 on, four from 0 on"
         )
+    if steps is not None and steps.numel() not in (1, len(x)):
+        raise ValueError(f"{steps.numel()} steps for {len(x)} samples; needed: one, or one each")
     product: torch.Tensor = _integer_conv(
         x, weight.data, weight.scale, bias, steps, list(weight.shape), geometry, weight.groups, *integers
     )
