@@ -172,7 +172,7 @@ def parameter_groups(
             if part.learned:
                 step = part.step
                 assert isinstance(step, torch.nn.Parameter)
-                steps[id(step)] = step, rate * min(1.0, float(step.detach().abs().mean()) / size) if adaptive else rate
+                steps[id(step)] = step, rate * float(step.detach().abs().mean()) / size if adaptive else rate
     others = [parameter for parameter in module.parameters() if id(parameter) not in steps]
     matrices = [parameter for parameter in others if parameter.dim() >= 2]
     vectors = [parameter for parameter in others if parameter.dim() < 2]
