@@ -39,18 +39,18 @@ def test_channels_round_to_the_same_numbers(bits: int) -> None:
     wide = theirs[0].weight_fake_quantizer(theirs[0].weight)
     integers, step, _ = rounding.integers(weight)
     torch.testing.assert_close(step, theirs[0].weight_fake_quantizer.scale, rtol=0, atol=0)
-    # The largest magnitude lies on a tie, half the range; torchao multiplies by the inverse, which may go either way.
-    ties = (weight / step).abs() > (2**bits - 1) / 2 - 1e-5
-    assert ties.sum(1).max() <= 1
+    # torchao multiplies by the inverse of the step, which may go either way on a tie. The largest magnitude is on one.
+    ties = ((weight / step).abs() % 1 - 0.5).abs() < 1e-4
+    assert ties.sum() <= 1.1 * len(weight)
     torch.testing.assert_close((integers * step)[~ties], wide[~ties], rtol=1e-6, atol=0)
     assert ((integers * step - wide)[ties] / step.expand_as(weight)[ties]).abs().max() <= 1.001
     x = draw(5, 128)
     theirs(x).sum().backward()
     ours(x).sum().backward()
     # torchao lets the gradient into the scale, and so to the largest magnitude, and through what is above the largest
-    # integer but rounds to it; elsewhere both are straight-through.
+    # integer but rounds to it (a sixth of the elements at two bits); elsewhere both are straight-through.
     inside = ~ties & (weight / step <= rounding.high)
-    assert weight.grad is not None and inside.float().mean() > 0.9
+    assert weight.grad is not None and inside.float().mean() > 0.8
     torch.testing.assert_close(weight.grad[inside], theirs[0].weight.grad[inside], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(qat.convert(ours)(x), ours(x).detach(), rtol=1e-5, atol=1e-5)
 
