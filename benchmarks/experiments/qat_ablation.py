@@ -33,7 +33,7 @@ from rich.progress import Progress
 from dseek.compress import qat
 from dseek.core.errors import ConfigError
 
-BATCH = 128
+BATCH = 64
 CALIBRATION_BATCHES = 8
 WIDE_RATE = 0.05
 QAT_RATE, QAT_RATE_OF_8_BITS = 0.01, 0.001
@@ -100,10 +100,9 @@ def small_cnn() -> torch.nn.Sequential:
         torch.nn.Conv2d(1, 8, 3, stride=2, padding=1),
         torch.nn.BatchNorm2d(8),
         torch.nn.ReLU(),
-        torch.nn.Conv2d(8, 16, 3, padding=1),
+        torch.nn.Conv2d(8, 16, 3, stride=2, padding=1),
         torch.nn.BatchNorm2d(16),
         torch.nn.ReLU(),
-        torch.nn.MaxPool2d(2),
         torch.nn.Conv2d(16, 32, 3, padding=1),
         torch.nn.BatchNorm2d(32),
         torch.nn.ReLU(),
@@ -349,8 +348,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--bits", nargs="+", type=int, choices=range(2, 9), default=[8, 4, 2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=10_000, help="training images, the first ones")
-    parser.add_argument("--passes", type=int, default=5, help="over the images before rounding")
+    parser.add_argument("--images", type=int, default=5_000, help="training images, the first ones")
+    parser.add_argument("--passes", type=int, default=6, help="over the images before rounding")
     parser.add_argument("--qat-passes", type=int, default=2, help="with rounding")
     parser.add_argument("--qat-rate", type=float, help="learning rate with rounding (0.01; 0.001 for 8 bits)")
     parser.add_argument("--out", type=Path, default=Path("qat_ablation.jsonl"), help="where runs are kept")

@@ -5,8 +5,8 @@ embeddings with int8 activations and integer weights of 2 to 8 bits (`Int8Dynami
 `IntxWeightOnlyConfig`, or `IntxFakeQuantizeConfig` by hand); not convolutions, not
 `Int8DynamicActivationInt8WeightConfig`, and its learned ranges lack LSQ's gradient scale. Weights round to the very
 same numbers here (per channel; in groups but for scales kept as float16, and for zero points, which torchao cuts off
-where they are rounded here). Activations do not: torchao's have a zero point for each token, the kernels' are symmetric.
-Each such difference is told.
+where they are rounded here). Activations do not: torchao's have a zero point for each token, the kernels' are
+symmetric. Each such difference is told.
 """
 
 from __future__ import annotations

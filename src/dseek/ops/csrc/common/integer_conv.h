@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 #include "vec.h"
@@ -10,8 +11,24 @@
 namespace dseek {
 namespace DSEEK_VARIANT {
 
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
+// Sixteen bytes at any address, as 32-bit integers.
+template <class Byte>
+inline i32x16 load_bytes(const Byte* source) {
+    constexpr bool kSigned = std::is_signed_v<Byte>;
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return reinterpret_cast<i32x16>(kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#elif defined(__AVX2__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    const __m128i upper = _mm_srli_si128(bytes, 8);
+    return {reinterpret_cast<i32x16::Part>(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes)),
+            reinterpret_cast<i32x16::Part>(kSigned ? _mm256_cvtepi8_epi32(upper) : _mm256_cvtepu8_epi32(upper))};
+#else
+    int32_t wide[16];
+    for (int lane = 0; lane < 16; ++lane) wide[lane] = source[lane];
+    return load(wide);
+#endif
+}
 
 inline float largest_of_run(const float* x, size_t count) {
     f32x16 largest{};
@@ -20,8 +37,7 @@ inline float largest_of_run(const float* x, size_t count) {
         const f32x16 value = load(x + i);
         largest = max(largest, max(value, -value));
     }
-    float result = 0.f;
-    for (int lane = 0; lane < 16; ++lane) result = std::max(result, largest[lane]);
+    float result = largest_lane(largest);
     for (; i < count; ++i) result = std::max(result, std::fabs(x[i]));
     return result;
 }
@@ -32,21 +48,21 @@ inline void round_run(const float* x, size_t count, const RoundingRange& range, 
     const f32x16 high = splat(static_cast<float>(range.high));
     const f32x16 magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an even integer in the low mantissa bits
     const int32_t offset = 128 - range.zero;
-    const auto rounded = [&](f32x16 value) {
-        f32x16 scaled = max(value / step, low);
-        scaled = scaled < high ? scaled : high;
-        return __builtin_convertvector((scaled + magic) - magic, i32x16) + offset;
+    int32_t rounded[16];
+    const auto round_sixteen = [&](const float* source) {
+        const f32x16 scaled = min(max(load(source) / step, low), high);
+        store(rounded, to_int((scaled + magic) - magic) + offset);
     };
     size_t i = 0;
     for (; i + 16 <= count; i += 16) {
-        const u8x16 bytes = __builtin_convertvector(rounded(load(x + i)), u8x16);
-        std::memcpy(out + i, &bytes, sizeof bytes);
+        round_sixteen(x + i);
+        for (int lane = 0; lane < 16; ++lane) out[i + lane] = static_cast<uint8_t>(rounded[lane]);
     }
     if (i < count) {
         float rest[16] = {};
         std::copy(x + i, x + count, rest);
-        const u8x16 bytes = __builtin_convertvector(rounded(load(rest)), u8x16);
-        std::memcpy(out + i, &bytes, count - i);
+        round_sixteen(rest);
+        for (size_t lane = 0; lane < count - i; ++lane) out[i + lane] = static_cast<uint8_t>(rounded[lane]);
     }
 }
 
@@ -54,27 +70,26 @@ inline void round_run(const float* x, size_t count, const RoundingRange& range, 
 template <int kPixels>
 inline void depthwise_block(const DepthwiseCall& call, int pixel, int channel) {
     i32x16 acc[kPixels];
-    i32x16 start;
-    std::memcpy(&start, call.start + channel, sizeof start);
-    for (int p = 0; p < kPixels; ++p) acc[p] = start;
+    for (int p = 0; p < kPixels; ++p) acc[p] = load(call.start + channel);
     const uint8_t* image = call.image + static_cast<size_t>(pixel) * call.pixel_stride + channel;
     for (int tap = 0; tap < call.taps; ++tap) {
-        i8x16 packed;
-        std::memcpy(&packed, call.weight + static_cast<size_t>(tap) * call.channels_padded + channel, sizeof packed);
-        const i32x16 weight = __builtin_convertvector(packed, i32x16);
+        const i32x16 weight = load_bytes(call.weight + static_cast<size_t>(tap) * call.channels_padded + channel);
         for (int p = 0; p < kPixels; ++p) {
-            u8x16 inputs;
-            std::memcpy(&inputs, image + p * call.pixel_stride + call.offsets[tap], sizeof inputs);
-            acc[p] += __builtin_convertvector(inputs, i32x16) * weight;
+            acc[p] += load_bytes(image + static_cast<size_t>(p) * call.pixel_stride + call.offsets[tap]) * weight;
         }
     }
     const f32x16 scale = load(call.scale + channel) * call.step, bias = load(call.bias + channel);
     const int count = std::min(16, call.channels - channel);
     for (int p = 0; p < kPixels; ++p) {
-        const f32x16 value = __builtin_convertvector(acc[p], f32x16) * scale + bias;
+        const f32x16 value = to_float(acc[p]) * scale + bias;
         float* out = call.out + static_cast<size_t>(pixel + p) * call.channels + channel;
-        if (count == 16) store(out, value);
-        else std::memcpy(out, &value, static_cast<size_t>(count) * sizeof(float));
+        if (count == 16) {
+            store(out, value);
+            continue;
+        }
+        float lanes[16];
+        store(lanes, value);
+        std::copy(lanes, lanes + count, out);
     }
 }
 
