@@ -126,8 +126,13 @@ def test_ranges_by_maximum_can_be_frozen_too() -> None:
     qat.freeze_ranges(prepared)
     prepared[0].weight.data *= 2
     torch.testing.assert_close(prepared[0].weight_rounding.current_step(prepared[0].weight), step)
+    resumed = qat.prepare(small(seed=1))
+    resumed.load_state_dict(prepared.state_dict(), strict=True)
+    torch.testing.assert_close(resumed(draw(3, 20)), prepared(draw(3, 20)), rtol=0, atol=0)
     qat.freeze_ranges(prepared, frozen=False)
     torch.testing.assert_close(prepared[0].weight_rounding.current_step(prepared[0].weight), 2 * step)
+    resumed.load_state_dict(prepared.state_dict(), strict=True)
+    torch.testing.assert_close(resumed(draw(3, 20)), prepared(draw(3, 20)), rtol=0, atol=0)
 
 
 def test_distillation_is_the_divergence() -> None:

@@ -6,7 +6,7 @@ autocast the integers are exact in bfloat16 (eight bits of significand), which a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -111,6 +111,14 @@ class WeightRounding(torch.nn.Module):
                 )
             step = step.abs().clamp_min(qat_rounding.LEAST_STEP)
         return _as_half(step) if self.group_size else step
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Take steps that were frozen when the state was made, and be as frozen as it was."""
+        if self.follows:
+            kept = state_dict.get(f"{prefix}step")
+            self.frozen = kept is not None
+            self.step = None if kept is None else torch.empty_like(kept)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def integers(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Round, keeping integers, steps and minima apart.
