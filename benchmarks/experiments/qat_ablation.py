@@ -3,10 +3,10 @@
 Trains a small CNN and an MLP on Fashion-MNIST (Debian's `dataset-fashion-mnist`, `/usr/share/datasets/fashion-mnist`;
 or any folder with its four files), rounds them to 8, 4 and 2 bits of weights and activations (first and last layer: 8),
 and trains them on with each estimator from the same start: steps of least squared error, which are those of
-post-training rounding (`ptq`). `lsq (mean)` starts from the paper's steps instead. `wide` is the float network trained
-on as long, so that what more training does is not counted for rounding. Accuracy is that of the converted module on the
-integer kernels over the 10,000 test images, after the last pass; nothing is chosen by it. Every run is kept in `--out`
-as it ends, so a stopped experiment goes on where it was.
+post-training rounding (`ptq`). `lsq (mean)` starts from the paper's steps instead; `(slow)` moves steps at a tenth of
+the rate. `wide` is the float network trained on as long, so that what more training does is not counted for rounding.
+Accuracy is that of the converted module on the integer kernels over the 10,000 test images, after the last pass;
+nothing is chosen by it. Every run is kept in `--out` as it ends, so a stopped experiment goes on where it was.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ QAT_RATE, QAT_RATE_OF_8_BITS = 0.01, 0.001
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
 MEAN, DEVIATION = 0.2860, 0.3530
 
-ARMS = ("wide", "ptq", "ste", "ewgs", "lsq", "lsq+ewgs", "lsq (mean)")
+ARMS = ("wide", "ptq", "ste", "ewgs", "lsq", "lsq+ewgs", "lsq (mean)", "lsq (slow)", "lsq+ewgs (slow)")
+SLOW_STEPS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,7 +242,10 @@ def run_arm(
                 qat.freeze_batch_norm(prepared, frozen=number == num_passes - 1 and num_passes > 1)
                 deltas.extend(found.values())
 
-        groups = qat.parameter_groups(prepared, learning_rate=rate, weight_decay=WEIGHT_DECAY, adaptive=False)
+        steps = rate * (SLOW_STEPS if arm.endswith("(slow)") else 1.0)
+        groups = qat.parameter_groups(
+            prepared, learning_rate=rate, weight_decay=WEIGHT_DECAY, step_learning_rate=steps, adaptive=False
+        )
         train(prepared, groups, training, num_passes, 50 + seed, before_pass)
     result = {"accuracy": accuracy(qat.convert(prepared), test)}
     return result | ({"delta": statistics.mean(deltas)} if deltas else {})
@@ -272,7 +276,7 @@ def experiment(arguments: argparse.Namespace, progress: Progress) -> list[dict[s
         for model in arguments.models
         for seed in arguments.seeds
         for bits in ("-", *arguments.bits)
-        for arm in (("wide",) if bits == "-" else ARMS[1:])
+        for arm in (("wide",) if bits == "-" else arguments.arms)
     ]
     task = progress.add_task("runs", total=len(wanted))
     nets: dict[tuple[str, int], torch.nn.Sequential] = {}
@@ -347,6 +351,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of Fashion-MNIST's four files")
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--bits", nargs="+", type=int, choices=range(2, 9), default=[8, 4, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS[1:], default=list(ARMS[1:]))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--images", type=int, default=5_000, help="training images, the first ones")
     parser.add_argument("--passes", type=int, default=6, help="over the images before rounding")
