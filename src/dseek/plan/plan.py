@@ -28,7 +28,7 @@ from dseek.plan.formats import CacheDtype, Kernels, LayerFormats, Precision, Wei
 from dseek.plan.head_facts import HeadFacts
 from dseek.plan.layout import PAGE_TOKENS, Layout
 from dseek.plan.objective import MAX_BATCH, MAX_CONTEXT_TOKENS, Objective
-from dseek.plan.quality import LossTable
+from dseek.plan.quality import LossTable, MeasuredLosses
 
 VERSION = 3
 """Version of the JSON."""
@@ -200,7 +200,7 @@ def make(
     kernels: str | None = None,
     attention: AttentionWish | None = None,
     heads: HeadFacts | None = None,
-    losses: LossTable | None = None,
+    losses: LossTable | MeasuredLosses | None = None,
 ) -> Plan:
     """Decide how to run a model.
 
@@ -219,7 +219,8 @@ def make(
         attention: what layers attend to, as far as that is decided; None to choose.
         heads: the model's trained gate and the windows of its heads (`dseek.engine.head_facts`); None knows of none.
         losses: what storing projections in a format loses (rise of perplexity, a fraction), by layer, role and weight
-            format, where that was measured for this model; the prior of `plan.quality` stands in for the others.
+            format, where that was measured for this model, alone or with what caches and tables lose; the prior of
+            `plan.quality` stands in for the others.
 
     Returns:
         The plan, with its predictions and how it was decided.
@@ -238,7 +239,8 @@ def make(
         attention=attention or AttentionWish(),
         heads=heads or HeadFacts(),
     )
-    decision = search.decide(shape, machine, objective, encodings, wishes, losses)
+    measured = losses if isinstance(losses, MeasuredLosses) else MeasuredLosses(projections=losses or {})
+    decision = search.decide(shape, machine, objective, encodings, wishes, measured)
     layout = decision.layout
     prompt_tokens, answer_tokens = objective.request(decision.context_tokens)
     return Plan(
