@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dseek.cli.options import (
     PRECISIONS,
     add_attention_options,
+    add_calibration_option,
     add_json,
     add_model,
     add_position_options,
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=PRECISIONS, help="weights' precision (default: DSEEK_PRECISION_MODE, else chosen)"
     )
     parser.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: chosen)")
+    add_calibration_option(parser)
     parser.add_argument("--save", metavar="FILE", help="write the plan to a file that every command takes as --plan")
     add_request_options(parser, "--prompt")
     add_attention_options(parser.add_argument_group("attention"))
@@ -77,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
             attention cannot be drawn.
     """
     from dseek.cli.measuring import measured_machine, shown_calibration
+    from dseek.engine.calibrated import calibrated
     from dseek.engine.head_facts import head_facts
     from dseek.plan.attention_wish import AttentionWish
     from dseek.plan.objective import DEFAULT_QUALITY_LOSS, Objective
@@ -106,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         shape, encodings = files.shape, files.encodings()
         with shown_calibration():
             heads = head_facts(files, wish)
+        measured = calibrated(files, args.calibration)
     finally:
         files.close()
     machine = measured_machine()
@@ -119,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
         num_threads=args.threads,
         attention=wish,
         heads=heads,
+        **measured,
     )
     if args.save:
         plan.save(args.save)
