@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from dseek.compress.sensitivity import CACHES, FORMATS, TABLES, Sensitivity, estimate, origin_of
+from dseek.compress.sensitivity import CACHES, FORMATS, TABLES, Sensitivity, origin_of, scaled
 from dseek.compress.statistics_pass import ActivationPass, weight_statistics
 from dseek.core.errors import ConfigError
 from dseek.core.files import atomic_write_text
@@ -260,7 +260,7 @@ def _estimate(sums: Sensitivity, decoder: Decoder, state: _State, formats: Seque
             level = sums.divergence(everywhere)
             levels[name, role] = level if math.isfinite(level) else MAX_LOSS
             progress("levels", len(levels), total)
-    found = estimate(sums.gradients(progress), state.tensors, levels, num_layers)
+    found = scaled(sums.expected(formats, progress), levels)
     losses = state.calibration.losses
     bounded = {
         name: {role: tuple(min(MAX_LOSS, loss) for loss in by_layer) for role, by_layer in roles.items()}

@@ -10,10 +10,10 @@ and backward, and one forward for each role and format. To second order, errors 
     KL = 1/2 E[(g . d)^2],
 
 with g the gradient, by these outputs, of the loss of a *drawn* next token (Fisher's information; Theis et al. 2018,
-Faster gaze prediction with dense networks and Fisher pruning, uses it for what may be left out). Errors are taken as
-independent of g and of each other, so that the shape over layers is E|g|^2 times the mean squared error that the
-statistics predict (`dseek.compress.dtype_rule.projection_noise`); rows are taken as independent, too. The level is not
-taken from there: a role in a format is measured in all layers at once, and the shape scaled to it.
+Faster gaze prediction with dense networks and Fisher pruning, uses it for what may be left out). The errors d are those
+that the format makes of the inputs in fp32; rows are taken as independent, which they are not, since a weight's errors
+are the same in all of them. So only the shape over layers is taken from there: a role in a format is measured in all
+layers at once, and the shape scaled to it.
 
 B windows, T tokens, R rows looked at, D model width, V vocabulary.
 """
@@ -21,16 +21,14 @@ B windows, T tokens, R rows looked at, D model width, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dseek.compress.dtype_rule import projection_noise
 from dseek.compress.rounding import Formats, RoundedLinear, rounded
-from dseek.models.calibration_file import TensorStatistics
 from dseek.models.decoder import Block, Decoder
 from dseek.models.tensor_names import ROLE_MODULES
 from dseek.ops.attention.reference import visible
@@ -41,9 +39,6 @@ FORMATS = ("i4g", "i8c", "i8g", "bf16", "f16")
 
 CACHES = ("bf16", "int8")
 TABLES = ("bf16", "f16", "i8g")
-
-RULE_NAMES = {"f16": "fp16", "bf16": "bf16"}
-"""Weight formats that the dtype rule calls otherwise."""
 
 ROW_STEP = 2
 """Every so many rows the predictions are compared."""
@@ -100,23 +95,24 @@ class Sensitivity:
                 count += window.num_rows
         return total / count
 
-    def gradients(self, progress: Progress) -> dict[str, float]:
-        """Measure how much predictions react to errors of projections' outputs.
+    def expected(self, formats: Sequence[str], progress: Progress) -> dict[str, dict[str, list[float]]]:
+        """Estimate what each projection costs in formats, by Fisher's information alone.
 
         Args:
+            formats: weight formats.
             progress: told after each window.
 
         Returns:
-            Mean of |g|^2 a token by the outputs' names, over all windows: half of it times the mean squared error of
-            an output is the divergence that is to be expected.
+            Divergence, nats a token, by format, role and layer: good for comparing layers of a role.
         """
-        sums: dict[str, float] = {}
+        num_layers = self.decoder.shape.num_layers
+        found = {name: {role: [0.0] * num_layers for role in ROLE_MODULES} for name in formats}
         num_tokens = sum(len(window.token_ids) for window in self._windows)
         for index, window in enumerate(self._windows):
-            for name, value in window.squared_gradients(self.decoder, self._generator).items():
-                sums[name] = sums.get(name, 0.0) + value / num_tokens
+            for (name, role, layer), value in window.expected(self.decoder, formats, self._generator):
+                found[name][role][layer] += value / num_tokens
             progress("gradients", index + 1, len(self._windows))
-        return sums
+        return found
 
 
 class _Window:
@@ -143,8 +139,10 @@ class _Window:
             total += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
         return max(0.0, total)
 
-    def squared_gradients(self, decoder: Decoder, generator: torch.Generator) -> dict[str, float]:
-        """Sums of |g|^2 over the window's rows, by outputs; one layer's graph at a time is all there is."""
+    def expected(
+        self, decoder: Decoder, formats: Sequence[str], generator: torch.Generator
+    ) -> Iterator[tuple[tuple[str, str, int], float]]:
+        """Sums over the window's rows of (g . d)^2 / 2, by format, role and layer; one layer's graph at a time."""
         # 1. The gradient by the last states, of a token drawn from the model's own predictions at every row.
         x_1TD = self.states[-1].clone().requires_grad_()
         normed_TD = decoder.model.norm(x_1TD)[0]
@@ -155,34 +153,39 @@ class _Window:
         assert x_1TD.grad is not None
         gradient_1TD = x_1TD.grad
 
-        # 2. Back through the layers, noting the gradients by every projection's outputs.
-        found: dict[str, float] = {}
+        # 2. Back through the layers, with the gradients by every projection's outputs.
         for layer in reversed(range(decoder.shape.num_layers)):
             block = decoder.model.layers[layer]
             assert isinstance(block, Block)
-            outputs: dict[str, torch.Tensor] = {}
-            handles = []
-            for paths in ROLE_MODULES.values():
-                for path in paths:
-                    hook = _keep(outputs, f"model.layers.{layer}.{path}")
-                    handles.append(block.get_submodule(path).register_forward_hook(hook))
+            seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+            paths = [path for role_paths in ROLE_MODULES.values() for path in role_paths]
+            handles = [block.get_submodule(path).register_forward_hook(_keep(seen, path)) for path in paths]
             try:
                 x_1TD = self.states[layer].clone().requires_grad_()
                 y_1TD = run_layers(decoder, x_1TD, layer, None, last=layer)
             finally:
                 for handle in handles:
                     handle.remove()
-            names = list(outputs)
-            gradients = torch.autograd.grad(y_1TD, [x_1TD, *outputs.values()], gradient_1TD)
-            gradient_1TD = gradients[0]
-            for name, gradient in zip(names, gradients[1:], strict=True):
-                found[name] = float(gradient.double().square().sum())
-        return found
+            outputs = [seen[path][1] for path in paths]
+            gradient_1TD, *by_output = torch.autograd.grad(y_1TD, [x_1TD, *outputs], gradient_1TD)
+            gradients = dict(zip(paths, by_output, strict=True))
+
+            # 3. What each format does to the outputs, along these gradients.
+            for name in formats:
+                for role, role_paths in ROLE_MODULES.items():
+                    change_T = torch.zeros(x_1TD.shape[1])
+                    for path in role_paths:
+                        linear = block.get_submodule(path)
+                        assert isinstance(linear, nn.Linear)
+                        with torch.no_grad():
+                            error_1TN = RoundedLinear(linear, name)(seen[path][0]) - seen[path][1]
+                            change_T += (error_1TN * gradients[path]).sum(-1)[0]
+                    yield (name, role, layer), 0.5 * float(change_T.double().square().sum())
 
 
-def _keep(outputs: dict[str, torch.Tensor], name: str) -> Callable[..., None]:
-    def hook(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        outputs[name] = output
+def _keep(seen: dict[str, tuple[torch.Tensor, torch.Tensor]], path: str) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        seen[path] = inputs[0].detach(), output
 
     return hook
 
@@ -235,41 +238,25 @@ class _RoundingCache:
         return k_rows.view_as(k_BGSd), v_rows.view_as(v_BGSd)
 
 
-def estimate(
-    gradients: Mapping[str, float],
-    tensors: Sequence[TensorStatistics],
-    levels: Mapping[tuple[str, str], float],
-    num_layers: int,
+def scaled(
+    expected: Mapping[str, Mapping[str, Sequence[float]]], levels: Mapping[tuple[str, str], float]
 ) -> dict[str, dict[str, tuple[float, ...]]]:
-    """Estimate what every projection loses in every format that a level was measured of.
+    """Scale what is expected of each layer to what all layers of a role lose together.
 
     Args:
-        gradients: from `Sensitivity.gradients`.
-        tensors: statistics of weights, inputs and outputs.
+        expected: from `Sensitivity.expected`.
         levels: divergence of a role in all layers at once, by format and role.
-        num_layers: layers.
 
     Returns:
         Losses by format, role and layer.
     """
-    known = {(entry.name, entry.kind): entry for entry in tensors}
     found: dict[str, dict[str, tuple[float, ...]]] = {}
-    for (weight_format, role), level in levels.items():
-        shape = []
-        for layer in range(num_layers):
-            inputs = known[f"model.layers.{layer}.{role}", "input"]
-            expected = 0.0
-            for path in ROLE_MODULES[role]:
-                name = f"model.layers.{layer}.{path}"
-                weight, outputs = known[name + ".weight", "weight"], known[name, "output"]
-                noise = projection_noise(inputs, weight, outputs, RULE_NAMES.get(weight_format, weight_format))
-                expected += 0.5 * gradients[name] * outputs.mean_square * noise**2
-            shape.append(expected)
+    for (name, role), level in levels.items():
+        shape = expected[name][role]
         total = sum(shape)
         # Where nothing is expected of any layer, as of weights that a format holds exactly, they share alike.
-        scale = level / total if total > 0 else 0.0
-        found.setdefault(weight_format, {})[role] = tuple(
-            value * scale if total > 0 else level / num_layers for value in shape
+        found.setdefault(name, {})[role] = tuple(
+            value * level / total if total > 0 else level / len(shape) for value in shape
         )
     return found
 

@@ -163,12 +163,17 @@ class Accumulator:
         return x_RC[~bad_RC.any(1)]
 
     def _add_moments(self, x_RC: torch.Tensor) -> None:
-        x = x_RC.reshape(-1).double()
-        mean = x.mean()
-        distance = x - mean
+        """Powers in float32 of distances scaled to at most 1, so that none overflows; sums of rows in float64."""
+        mean = float(x_RC.sum(1).double().sum()) / x_RC.numel()
+        distance = x_RC - mean
+        scale = float(distance.abs().max())
+        if scale > 0:
+            distance /= scale
         squared = distance * distance
-        sums = (float(mean), float(squared.sum()), float(squared @ distance), float(squared @ squared))
-        self._combine(len(x), sums)
+        powers = (squared, squared * distance, squared * squared)
+        second, third, fourth = (float(power.sum(1).double().sum()) for power in powers)
+        # What rounding the mean to float32 has shifted by is far below the error of the sums.
+        self._combine(x_RC.numel(), (mean, second * scale**2, third * scale**3, fourth * scale**4))
 
     def _combine(self, count: int, moments: tuple[float, float, float, float]) -> None:
         """Merge central moments.
