@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dseek import plan as planning
 from dseek.cli.main import main
@@ -154,6 +156,18 @@ def test_other_texts_or_another_model_are_refused(folder: Path, made: Path, tmp_
     with pytest.raises(FileFormatError, match="another model"):
         run(other, made, SETTINGS)
     with open_model(str(other)) as files, pytest.raises(FileFormatError, match="another model"):
+        calibrated(files, made)
+
+
+def test_the_same_model_with_other_weights_is_refused(folder: Path, made: Path, tmp_path: Path) -> None:
+    """Its norms are the same, as those of a quantised copy are; what rounding costs is not."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    weights = load_file(copy / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"] *= 1.01
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with open_model(str(folder)) as files:
+        assert calibrated(files, made)
+    with open_model(str(copy)) as files, pytest.raises(FileFormatError, match="another model"):
         calibrated(files, made)
 
 

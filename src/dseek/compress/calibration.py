@@ -28,10 +28,10 @@ from dseek.models.calibration_file import (
     check_model,
     read_all,
     to_json,
+    weights_fingerprint,
 )
 from dseek.models.decoder import Decoder
 from dseek.models.files import ModelFiles
-from dseek.models.gate_file import fingerprint
 from dseek.models.tensor_names import ROLE_MODULES
 
 Progress = Callable[[str, int, int], None]
@@ -174,7 +174,7 @@ def calibrate(
         watched.add(ids, [window.where for window in windows], progress)
         calibration = Calibration(
             format=FORMAT,
-            model=fingerprint(files),
+            model=weights_fingerprint(files),
             num_layers=files.shape.num_layers,
             source=source,
             limits=watched.limits(),

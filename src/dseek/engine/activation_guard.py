@@ -17,7 +17,7 @@ from dseek.plan.activation_limits import LayerLimits
 logger = get_logger("dseek.engine")
 
 EVENT = "engine.fallback"
-"""Emitted with `layer`, `role`, `largest` (may be NaN or infinite), `limit` (0: any finite number) and `num_rows`."""
+"""Emitted with `layer`, `role`, `largest` (may be NaN, infinite or None), `limit` (0: what is finite), `num_rows`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +26,8 @@ class Trespass:
 
     role: str
     """Of the projection, or `block` for what a whole block puts out."""
-    largest: float
-    """Their largest magnitude."""
+    largest: float | None
+    """Their largest magnitude; None where it was not kept."""
     limit: float
     """What it may be; 0 for any finite number."""
 
@@ -62,6 +62,15 @@ class ActivationGuard:
             return None
         return Trespass(role=role, largest=largest, limit=limit)
 
+    def beyond(self, layer: int, role: str) -> Trespass:
+        """Describe inputs that a runner found beyond their limit without keeping how large they are.
+
+        Args:
+            layer: index of the layer.
+            role: of the projection.
+        """
+        return Trespass(role=role, largest=None, limit=self._limits[layer].get(role, 0.0))
+
     def count(self, layer: int, trespass: Trespass, num_rows: int, wider: str) -> None:
         """Count a fallback and tell of it.
 
@@ -72,14 +81,14 @@ class ActivationGuard:
             wider: dtype or format that they were computed in, for the warning.
         """
         if not self.counts:
-            bound = f"{trespass.limit:.4g} is allowed" if trespass.limit else "it has to be finite"
+            bound = f"{trespass.limit:.4g}, twice what was calibrated" if trespass.limit else "what is finite"
+            found = "" if trespass.largest is None else f" with {trespass.largest:.4g}"
             logger.warning(
-                "layer %d: the largest magnitude of what goes into %s is %.4g where %s by the calibration; computed in "
-                "%s instead (said once; later ones are counted)",
+                "layer %d: what goes into %s is beyond %s%s; computed in %s (said once, later ones are counted)",
                 layer,
                 trespass.role if trespass.role != "block" else "the next block",
-                trespass.largest,
                 bound,
+                found,
                 wider,
             )
         self.counts[layer] = self.counts.get(layer, 0) + 1

@@ -1,9 +1,9 @@
 """Calibrations of a model in a JSON file: what its numbers look like, and what narrower formats lose; read as hostile.
 
-A calibration file MUST be one JSON object with `format` "dseek-calibration-1", `model` (the fingerprint of the model it
-was made with), `num_layers`, `source` (what was read), `tensors` (a list of `TensorStatistics`), `limits` and `losses`;
-what is empty in them is not known. Where a list runs over layers it has one entry a layer, `null` where that layer was
-not measured. Keys that are not named here MUST be refused. A file beside a model, `calibration.json` in its folder or
+A calibration file MUST be one JSON object with `format` "dseek-calibration-1", `model` (`weights_fingerprint` of the
+model it was made with), `num_layers`, `source` (what was read), `tensors` (a list of `TensorStatistics`), `limits` and
+`losses`; what is empty in them is not known. Where a list runs over layers it has one entry a layer, `null` where that
+layer was not measured. Keys that are not named here MUST be refused. A file beside a model, `calibration.json` in its folder or
 MODEL.calibration.json beside MODEL.gguf, MAY be picked up by whoever plans a run of that model; a file of another model
 MUST be refused.
 
@@ -12,6 +12,7 @@ Most readers want the losses and the limits only, so the statistics are turned i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dseek.core import config
 from dseek.core.errors import ConfigError, FileFormatError
-from dseek.models.gate_file import fingerprint
 from dseek.models.tensor_names import ROLE_MODULES
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ FILE_NAME = "calibration.json"
 MAX_FILE_BYTES = 128 * 2**20
 MAX_LAYERS = 2**14
 MAX_LOSS = 10.0
+
+_HASHED = ("o_proj.weight", "down_proj.weight")
+_HASHED_BYTES = 4096
 
 REMEDY = "make it again with `dseek calibrate MODEL --text FILES --out FILE`"
 
@@ -196,6 +199,24 @@ class Calibration:
         }
 
 
+def weights_fingerprint(files: ModelFiles) -> str:
+    """Tell a model's weights, as they are stored, from others: what rounding costs depends on the grid they lie on.
+
+    Args:
+        files: the opened model.
+
+    Returns:
+        A hash of encoding and beginning of the projections that write to the residual stream.
+    """
+    digest = hashlib.sha256()
+    for name in files.tensor_names():
+        if name.endswith(_HASHED):
+            tensor = files.tensor(name)
+            digest.update(f"{name} {tensor.encoding} {tensor.shape}".encode())
+            digest.update(tensor.data.reshape(-1)[:_HASHED_BYTES].tobytes())
+    return digest.hexdigest()[:16]
+
+
 def find_calibration(files: ModelFiles, path: str | Path | None = None) -> Calibration | None:
     """Read a model's calibration: the file that is named, or the one beside the model.
 
@@ -239,7 +260,7 @@ def check_model(calibration: Calibration, files: ModelFiles, path: Path) -> None
     Raises:
         FileFormatError: it is of another one.
     """
-    if calibration.model != fingerprint(files) or calibration.num_layers != files.shape.num_layers:
+    if calibration.model != weights_fingerprint(files) or calibration.num_layers != files.shape.num_layers:
         raise FileFormatError(
             f"{path} was made with another model than {files.path}",
             needed="a calibration of this model",
