@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dseek.models.calibration_file import Calibration, TensorStatistics
+from dseek.models.tensor_names import ROLE_MODULES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,13 +27,17 @@ def summary(calibration: Calibration, tensors: tuple[TensorStatistics, ...], err
     Returns:
         Plain data, as `--json` prints it.
     """
-    from dseek.compress.dtype_rule import allowed
+    from dseek.compress.dtype_rule import FORMATS, allowed, dot_product_bound, projection_noise
 
     narrowest: dict[str, Counter[str]] = {}
     for entry in tensors:
         fitting = allowed(entry, error_bound)
         name = fitting[0].weight_format if fitting else "none"
         narrowest.setdefault(entry.kind, Counter())[name] += 1
+    for inputs, weight, outputs in _projections(tensors):
+        within = (name for name in FORMATS if projection_noise(inputs, weight, outputs, name) <= error_bound)
+        narrowest.setdefault("projection", Counter())[next(within, "none")] += 1
+    num_inputs = {entry.name.removesuffix(".weight"): entry.num_channels for entry in tensors if entry.kind == "weight"}
     with_outliers = sorted((e for e in tensors if e.num_outlier_channels), key=lambda e: -e.magnitude)
     cancelling = sorted(
         (e for e in tensors if e.cancellation is not None),
@@ -65,6 +71,9 @@ def summary(calibration: Calibration, tensors: tuple[TensorStatistics, ...], err
                 "median": e.cancellation.median,
                 "percentile_90": e.cancellation.percentile_90,
                 "percentile_99": e.cancellation.percentile_99,
+                "bound_bf16": dot_product_bound(
+                    e.cancellation.percentile_99, num_inputs.get(e.name, e.num_channels), "bf16", "bf16", probable=True
+                ),
             }
             for e in cancelling
             if e.cancellation is not None
@@ -81,6 +90,22 @@ def summary(calibration: Calibration, tensors: tuple[TensorStatistics, ...], err
         "cache_losses": dict(losses.caches),
         "table_losses": dict(losses.tables),
     }
+
+
+def _projections(
+    tensors: tuple[TensorStatistics, ...],
+) -> Iterator[tuple[TensorStatistics, TensorStatistics, TensorStatistics]]:
+    """Inputs, weight and outputs of every projection that all three are known of."""
+    known = {(entry.name, entry.kind): entry for entry in tensors}
+    for entry in tensors:
+        if entry.kind != "output":
+            continue
+        block, _, path = entry.name.rpartition(".layers.")[2].partition(".")
+        for role, paths in ROLE_MODULES.items():
+            inputs = known.get((f"model.layers.{block}.{role}", "input"))
+            weight = known.get((entry.name + ".weight", "weight"))
+            if path in paths and inputs is not None and weight is not None:
+                yield inputs, weight, entry
 
 
 def print_report(found: dict[str, Any], path: str) -> None:
@@ -126,9 +151,17 @@ def _tables(found: dict[str, Any]) -> list[Table]:
         named = ", ".join(map(str, entry["channels"][:4])) + (", ..." if entry["num_channels"] > 4 else "")
         figures = (f"{entry[name]:.3g}" for name in ("largest", "rms", "kurtosis"))
         outliers.add_row(f"{entry['name']} ({entry['kind']})", *figures, f"{entry['num_channels']}: {named}")
-    cancelling = new("Dot products that cancel most: sum |x w| / |sum x w|", "layer", "median", "90 %", "99 %")
+    cancelling = new(
+        "Dot products that cancel most: sum |x w| / |sum x w|",
+        "layer",
+        "median",
+        "90 %",
+        "99 %",
+        "error in bf16, at 99 %",
+    )
     for entry in found["cancellation"][:NUM_SHOWN]:
-        figures = (f"{entry[name]:.3g}" for name in ("median", "percentile_90", "percentile_99"))
+        columns = ("median", "percentile_90", "percentile_99", "bound_bf16")
+        figures = (f"{entry[name]:.3g}" for name in columns)
         cancelling.add_row(entry["name"], *figures)
     losses = new("Loss, nats a token, summed over the layers", "format", "role", "loss", "measured")
     for name, roles in found["losses"].items():

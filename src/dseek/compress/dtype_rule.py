@@ -17,10 +17,12 @@ errors are relative to each value, as those of floats are: `dot_product_bound`. 
 squares add up instead (Wilkinson 1961, Error analysis of direct methods of matrix inversion, section 2; Higham and Mary
 2019, A new approach to probabilistic rounding error analysis, theorem 2.4: n becomes its square root), so that
 
-    E|dy|^2 / E|y|^2 = g (N_x + N_w),   g = n E[x^2] E[w^2] / E[y^2],
+    E|dy|^2 / E|y|^2 = g (N_x + N_w),
 
-with the noise-to-signal ratios N of inputs and weight. The gain g, the mean condition number in squares, follows from
-the mean squares of inputs, weight and outputs: `projection_noise`.
+with the noise-to-signal ratios N of inputs and weight. Where errors do not depend on the value, as those of integers
+with one step for many values, g = n E[x^2] E[w^2] / E[y^2], which follows from the mean squares (`gain`). Where they
+are relative to each value, as those of floats, it is the condition number in squares, E[sum x_i^2 w_i^2] / E[y^2],
+which is larger where large inputs meet large weights, and was measured. `projection_noise` takes the one or the other.
 """
 
 from __future__ import annotations
@@ -179,7 +181,12 @@ def projection_noise(
     rounded_inputs = rounding(inputs, INPUT_FORMATS[weight_format])
     rounded_weight = rounding(weight, weight_format)
     squares = rounded_inputs.expected**2 + rounded_weight.expected**2
-    return math.sqrt(gain(inputs, weight, outputs) * squares) if math.isfinite(squares) else math.inf
+    if not math.isfinite(squares):
+        return math.inf
+    grown = gain(inputs, weight, outputs)
+    if weight_format in SIGNIFICANT_BITS and outputs.cancellation is not None:
+        grown = outputs.cancellation.squares
+    return math.sqrt(grown * squares)
 
 
 def dot_product_bound(

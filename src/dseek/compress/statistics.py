@@ -55,7 +55,7 @@ class Accumulator:
         self.rotated_largest = 0.0
         self.num_nan = self.num_infinite = 0
         self.not_finite: list[str] = []
-        self.cancellation: Magnitudes | None = None
+        self.cancellation: Ratios | None = None
 
     @torch.no_grad()
     def add(self, x_RC: torch.Tensor, where: str = "", first_row: int = 0) -> None:
@@ -102,8 +102,10 @@ class Accumulator:
         self.num_infinite += other.num_infinite
         self.not_finite = (self.not_finite + other.not_finite)[:MAX_NAMED]
         if other.cancellation is not None:
-            self.cancellation = self.cancellation or Magnitudes()
+            self.cancellation = self.cancellation or Ratios()
             self.cancellation.bins += other.cancellation.bins
+            self.cancellation.terms += other.cancellation.terms
+            self.cancellation.sums += other.cancellation.sums
 
     @torch.no_grad()
     def add_cancellation(self, x_RK: torch.Tensor, weight_NK: torch.Tensor) -> None:
@@ -118,8 +120,11 @@ class Accumulator:
         """
         sizes = F.linear(x_RK.abs(), weight_NK.abs())
         ratios = sizes / F.linear(x_RK, weight_NK).abs()
-        self.cancellation = self.cancellation or Magnitudes()
+        self.cancellation = self.cancellation or Ratios()
         self.cancellation.bins += magnitude_bins(ratios[torch.isfinite(ratios)])
+        finite_RK = x_RK[torch.isfinite(x_RK).all(1)]
+        self.cancellation.terms += float(F.linear(finite_RK.square(), weight_NK.square()).sum(dtype=torch.float64))
+        self.cancellation.sums += float(F.linear(finite_RK, weight_NK).double().square().sum())
 
     def result(self) -> TensorStatistics:
         """Sum up what was seen so far."""
@@ -149,7 +154,7 @@ class Accumulator:
             num_nan=self.num_nan,
             num_infinite=self.num_infinite,
             not_finite=tuple(self.not_finite),
-            cancellation=self.cancellation.quantiles() if self.cancellation is not None else None,
+            cancellation=self.cancellation.result() if self.cancellation is not None else None,
         )
 
     def _without_bad_rows(self, x_RC: torch.Tensor, where: str, first_row: int) -> torch.Tensor:
@@ -210,18 +215,20 @@ class Accumulator:
         return [int(channel) for channel in order[: int((largest_C > bound).sum())]]
 
 
-class Magnitudes:
-    """Magnitudes of numbers that pass by, for quantiles."""
+class Ratios:
+    """Condition numbers that pass by: their bins, for quantiles, and sums of the squared terms and of squared sums."""
 
     def __init__(self) -> None:
         self.bins = torch.zeros(_BINS, dtype=torch.int64)
+        self.terms = self.sums = 0.0
 
-    def quantiles(self) -> Cancellation:
-        """Give the quantiles."""
+    def result(self) -> Cancellation:
+        """Sum up what was seen so far."""
         return Cancellation(
             median=quantile(self.bins, 0.5),
             percentile_90=quantile(self.bins, 0.9),
             percentile_99=quantile(self.bins, 0.99),
+            squares=self.terms / self.sums if self.sums > 0 else 0.0,
         )
 
 

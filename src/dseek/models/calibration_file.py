@@ -3,9 +3,9 @@
 A calibration file MUST be one JSON object with `format` "dseek-calibration-1", `model` (`weights_fingerprint` of the
 model it was made with), `num_layers`, `source` (what was read), `tensors` (a list of `TensorStatistics`), `limits` and
 `losses`; what is empty in them is not known. Where a list runs over layers it has one entry a layer, `null` where that
-layer was not measured. Keys that are not named here MUST be refused. A file beside a model, `calibration.json` in its folder or
-MODEL.calibration.json beside MODEL.gguf, MAY be picked up by whoever plans a run of that model; a file of another model
-MUST be refused.
+layer was not measured. Keys that are not named here MUST be refused. A file beside a model, `calibration.json` in its
+folder or MODEL.calibration.json beside MODEL.gguf, MAY be picked up by whoever plans a run of that model; a file of
+another model MUST be refused.
 
 Most readers want the losses and the limits only, so the statistics are turned into objects when they are asked for.
 """
@@ -75,6 +75,8 @@ class Cancellation:
     """Nine of ten are at most this."""
     percentile_99: float
     """All but one of a hundred are at most this."""
+    squares: float
+    """The same in squares, sum x_i^2 w_i^2 over (sum x_i w_i)^2, both summed over outputs and rows first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
