@@ -209,6 +209,20 @@ def test_dot_products_stay_within_their_condition(names: tuple[str, str]) -> Non
     assert dot_product_bound(2.0, 300, *names, probable=True) <= dot_product_bound(2.0, 300, *names)
 
 
+def test_the_largest_floats_leave_finite_statistics() -> None:
+    x = torch.full((4, 64), torch.finfo(torch.float32).max) * torch.tensor([1.0, -1.0, 0.5, 1.0])[:, None]
+    found = Accumulator("x", "output", 64, FORMATS)
+    found.add(x)
+    found.add_cancellation(x, x)
+    result = found.result()
+    figures = [result.mean, result.variance, result.kurtosis, result.rotated_largest]
+    figures += [value for noise in result.noise.values() for value in (noise.expected, noise.bound)]
+    assert result.num_nan == result.num_infinite == 0
+    assert all(math.isfinite(value) for value in figures)
+    assert result.cancellation is not None
+    assert math.isfinite(result.cancellation.squares)
+
+
 def test_cancellation_is_the_condition_number() -> None:
     x_RK, weight_NK = normal(8, 64, 1), normal(40, 64, 2)
     found = Accumulator("y", "output", 40, ())

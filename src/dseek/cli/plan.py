@@ -161,6 +161,7 @@ def _summary(plan: Plan, machine: Machine) -> Table:
     from rich.table import Table
 
     from dseek.hardware.store import BUSY
+    from dseek.plan.activation_limits import FACTOR
     from dseek.plan.attention_wish import dense_heads_text, patterns_text
     from dseek.plan.explain import size_text
     from dseek.plan.weights import formats_text
@@ -190,6 +191,11 @@ def _summary(plan: Plan, machine: Machine) -> Table:
         ("memory", memory),
         ("loading", f"{predicted.load_s:.2f} s"),
     )
+    watched = sum(any(limits.by_role().values()) for limits in plan.activation_limits)
+    if watched:
+        rows += (
+            ("inputs", f"of {watched} layers are watched; beyond {FACTOR:g} times the calibrated, a wider format"),
+        )
     if machine.other_load > BUSY:
         busy = f"others kept {machine.other_load:.1f} processors busy while the machine was measured"
         rows += (("beware", f"{busy}; when it is quiet, run `dseek doctor --refresh`"),)

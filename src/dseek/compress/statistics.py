@@ -11,6 +11,7 @@ channels.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Literal
 
 import torch
@@ -29,6 +30,9 @@ _BINS = 2048
 _SUB_BITS = 3
 _ROOM = 1.0 + 2.0**-10
 """On bounds: x / scale is rounded to float32."""
+
+_SUMMABLE = 1e30
+"""Rows with larger magnitudes are summed in float64."""
 
 IntegerFormat = Literal["i8c", "i8g", "i4g", "int8"]
 
@@ -144,13 +148,16 @@ class Accumulator:
             largest=self.largest if self.num_values else 0.0,
             mean=mean,
             variance=variance,
-            kurtosis=kurtosis if math.isfinite(kurtosis) else 0.0,
+            kurtosis=_bounded(kurtosis),
             histogram=by_powers_of_two(self._bins),
             outlier_share=share,
             outlier_channels=tuple(outlier_channels[:MAX_NAMED]),
             num_outlier_channels=len(outlier_channels),
-            noise={name: Noise(expected=e / count, bound=b / count) for name, (e, b) in self._noise.items()},
-            rotated_largest=self.rotated_largest,
+            noise={
+                name: Noise(expected=_bounded(e / count), bound=_bounded(b / count))
+                for name, (e, b) in self._noise.items()
+            },
+            rotated_largest=_bounded(self.rotated_largest),
             num_nan=self.num_nan,
             num_infinite=self.num_infinite,
             not_finite=tuple(self.not_finite),
@@ -169,6 +176,8 @@ class Accumulator:
 
     def _add_moments(self, x_RC: torch.Tensor) -> None:
         """Powers in float32 of distances scaled to at most 1, so that none overflows; sums of rows in float64."""
+        if max(-self.least, self.largest) > _SUMMABLE:
+            x_RC = x_RC.double()
         mean = float(x_RC.sum(1).double().sum()) / x_RC.numel()
         distance = x_RC - mean
         scale = float(distance.abs().max())
@@ -228,8 +237,13 @@ class Ratios:
             median=quantile(self.bins, 0.5),
             percentile_90=quantile(self.bins, 0.9),
             percentile_99=quantile(self.bins, 0.99),
-            squares=self.terms / self.sums if self.sums > 0 else 0.0,
+            squares=_bounded(self.terms / self.sums) if self.sums > 0 else 0.0,
         )
+
+
+def _bounded(value: float) -> float:
+    """What is beyond a float, as sums over values near float32's largest may be, as the largest there is."""
+    return value if math.isfinite(value) else sys.float_info.max
 
 
 def magnitude_bins(x: torch.Tensor) -> torch.Tensor:

@@ -320,7 +320,8 @@ def to_json(calibration: Calibration, tensors: tuple[TensorStatistics, ...]) -> 
     """
     import json
 
-    return json.dumps({**config.to_plain(calibration), "tensors": config.to_plain(tensors)}) + "\n"
+    plain = {**config.to_plain(calibration), "tensors": config.to_plain(tensors)}
+    return json.dumps(plain, allow_nan=False) + "\n"
 
 
 def _parsed(path: Path) -> dict[str, Any]:
