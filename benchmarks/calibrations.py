@@ -13,7 +13,9 @@ NUM_FILES = 8
 """Files of the standard library's training part that are read."""
 
 
-def calibration_file(folder: str, *, max_tokens: int, sensitivity_tokens: int, threads: int) -> Path:
+def calibration_file(
+    folder: str, *, max_tokens: int, sensitivity_tokens: int, threads: int, formats: tuple[str, ...]
+) -> Path:
     """Calibrate a model on source it will not be judged by, with estimated losses.
 
     Args:
@@ -21,6 +23,7 @@ def calibration_file(folder: str, *, max_tokens: int, sensitivity_tokens: int, t
         max_tokens: tokens for the statistics.
         sensitivity_tokens: tokens for the losses.
         threads: threads of PyTorch.
+        formats: whose losses are found; the plan's prior stands in for the others.
 
     Returns:
         The file.
@@ -32,10 +35,12 @@ def calibration_file(folder: str, *, max_tokens: int, sensitivity_tokens: int, t
     from dseek.models.files import open_model
 
     torch.set_num_threads(threads)
-    settings = CalibrationSettings(max_tokens=max_tokens, sensitivity="estimate", sensitivity_tokens=sensitivity_tokens)
+    settings = CalibrationSettings(
+        max_tokens=max_tokens, sensitivity="estimate", sensitivity_tokens=sensitivity_tokens, formats=formats
+    )
     names = random.Random(0).sample(standard_library.training_files(), NUM_FILES)
     with open_model(folder) as files:
-        name = f"{weights_fingerprint(files)}-{max_tokens}-{sensitivity_tokens}.json"
+        name = f"{weights_fingerprint(files)}-{max_tokens}-{sensitivity_tokens}-{'-'.join(formats)}.json"
         path = work_dir() / "calibrations" / name
         print(f"benchmarks: calibrating {folder} into {path}", file=sys.stderr)
         root = standard_library.root()

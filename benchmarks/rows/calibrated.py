@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -35,6 +37,9 @@ QUALITY_BUDGET = 0.01
 NOISE = 0.05
 """Share by which two measurements of the same plan may differ."""
 
+INTEGER_FORMATS = ("i4g", "i8c", "i8g")
+ALL_FORMATS = (*INTEGER_FORMATS, "bf16", "f16")
+
 SINGLE = ("fp32", "bf16", "fp16", "int8", "int4")
 
 
@@ -47,18 +52,23 @@ def mixed_plan_loss(settings: Settings) -> Outcome:
     folder = str(models.off_grid_folder(models.SMOLLM2, SEED, SPREAD))
     path = calibration_file(
         folder,
-        max_tokens=settings.pick(4096, 128),
-        sensitivity_tokens=settings.pick(2048, 64),
+        max_tokens=settings.pick(1024, 128),
+        sensitivity_tokens=settings.pick(1024, 64),
         threads=settings.threads,
+        formats=INTEGER_FORMATS,
     )
-    ids = held_out_ids(folder, settings.pick(16 * WINDOW, 64))
+    ids = held_out_ids(folder, settings.pick(8 * WINDOW, 64))
     windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
     exact = _plan(folder, str(path), settings, precision="fp32", max_quality_loss=10.0)
+    budgets = BUDGETS[: settings.pick(len(BUDGETS), 1)]
+    tried = [_plan(folder, str(path), settings, objective="memory", max_quality_loss=budget) for budget in budgets]
     found = []
-    for budget in BUDGETS[: settings.pick(len(BUDGETS), 1)]:
-        made = _plan(folder, str(path), settings, objective="memory", max_quality_loss=budget)
+    for budget, made, (divergence, rise, error) in zip(
+        budgets, tried, _losses(folder, exact, tried, windows), strict=True
+    ):
+        if not 0 < divergence < 1:
+            raise IncorrectError(f"the plan for {budget:g} diverges by {divergence} nats from fp32")
         foreseen = _foreseen(made)
-        divergence, rise, error = _losses(folder, exact, made, windows)
         found.append(
             {
                 "budget": budget,
@@ -72,8 +82,6 @@ def mixed_plan_loss(settings: Settings) -> Outcome:
                 "cache": made.cache_dtype,
             }
         )
-        if not 0 < divergence < 1:
-            raise IncorrectError(f"the plan for {budget:g} diverges by {divergence} nats from fp32")
     worst = max(entry["factor"] for entry in found)
     return Outcome(
         value=worst,
@@ -106,34 +114,40 @@ def _foreseen(made: Plan) -> float:
     return next(entry for entry in choice.alternatives if not entry.rejected).quality_loss
 
 
-def _losses(folder: str, exact: Plan, tried: Plan, windows: list[list[int]]) -> tuple[float, float, float]:
-    """Run two plans beside each other over windows of text.
+def _losses(folder: str, exact: Plan, tried: list[Plan], windows: list[list[int]]) -> list[tuple[float, float, float]]:
+    """Run plans beside each other over windows of text.
 
     Args:
         folder: the model.
         exact: the plan to compare with.
-        tried: the plan that is judged.
+        tried: the plans that are judged.
         windows: token ids.
 
     Returns:
-        Divergence of the predictions, nats a token; rise of the mean log-loss, and its standard error over windows.
+        For each plan the divergence of its predictions, nats a token; the rise of the mean log-loss, and its standard
+        error over windows.
     """
-    divergences, rises = [], []
-    with load(folder, plan=exact) as wide, load(folder, plan=tried) as narrow:
-        for ids in windows:
-            divergence, rise, count = 0.0, 0.0, 0
-            pieces = zip(wide.engine.logits(ids[:-1]), narrow.engine.logits(ids[:-1]), strict=True)
-            for (first, wide_TV), (_, narrow_TV) in pieces:
-                log_p, log_q = _log_softmax(wide_TV), _log_softmax(narrow_TV)
-                divergence += float((np.exp(log_p) * (log_p - log_q)).sum(dtype=np.float64))
+    divergences = np.zeros((len(tried), len(windows)))
+    rises = np.zeros((len(tried), len(windows)))
+    with ExitStack() as stack:
+        wide = stack.enter_context(load(folder, plan=exact))
+        narrow = [stack.enter_context(load(folder, plan=made)) for made in tried]
+        for window, ids in enumerate(windows):
+            pieces = [llm.engine.logits(ids[:-1]) for llm in (wide, *narrow)]
+            for together in zip(*pieces, strict=True):
+                first, log_p = together[0][0], _log_softmax(together[0][1])
                 rows = np.arange(len(log_p))
                 targets = np.array(ids[first + 1 : first + 1 + len(rows)])
-                rise += float((log_p - log_q)[rows, targets].sum(dtype=np.float64))
-                count += len(rows)
-            divergences.append(divergence / count)
-            rises.append(rise / count)
-    error = float(np.std(rises, ddof=1) / math.sqrt(len(rises))) if len(rises) > 1 else 0.0
-    return float(np.mean(divergences)), float(np.mean(rises)), error
+                for index, (_, logits_TV) in enumerate(together[1:]):
+                    change = log_p - _log_softmax(logits_TV)
+                    divergences[index, window] += (np.exp(log_p) * change).sum(dtype=np.float64) / (len(ids) - 1)
+                    rises[index, window] += change[rows, targets].sum(dtype=np.float64) / (len(ids) - 1)
+            print(f"benchmarks: window {window + 1} of {len(windows)}", file=sys.stderr)
+    errors = rises.std(axis=1, ddof=1) / math.sqrt(len(windows)) if len(windows) > 1 else np.zeros(len(tried))
+    return [
+        (float(divergence.mean()), float(rise.mean()), float(error))
+        for divergence, rise, error in zip(divergences, rises, errors, strict=True)
+    ]
 
 
 def _log_softmax(logits_TV: np.ndarray) -> np.ndarray:
@@ -158,6 +172,7 @@ def auto_mode(settings: Settings) -> Outcome:
             max_tokens=settings.pick(4 * sensitivity_tokens, 128),
             sensitivity_tokens=settings.pick(sensitivity_tokens, 64),
             threads=settings.threads,
+            formats=ALL_FORMATS,
         )
         singles = [name for name in SINGLE if _keeps_budget(folder, str(path), settings, name)]
         for length in (64,) if settings.smoke else (128, 1024, 4096):
