@@ -27,7 +27,7 @@ def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("few_rows", [True, False])
-@pytest.mark.parametrize("weight_format", ["f32", "f16", "bf16", "i8c", "i8g", "i4g"])
+@pytest.mark.parametrize("weight_format", ["f32", "f16", "bf16", "i8c", "i8p", "i8g", "i4g"])
 def test_a_rounded_layer_is_what_the_kernels_compute(weight_format: str, few_rows: bool) -> None:
     layer = torch.nn.Linear(80, 48)
     x = torch.randn(2, 5, 80, generator=torch.Generator().manual_seed(1))

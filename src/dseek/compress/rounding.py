@@ -30,7 +30,7 @@ def round_inputs(x_RK: torch.Tensor, weight_format: str, *, few_rows: bool = Tru
 
     Args:
         x_RK: float32 [R, K].
-        weight_format: f32, f16, bf16, i8c, i8g or i4g.
+        weight_format: f32, f16, bf16, i8c, i8p, i8g or i4g.
         few_rows: whether formats in groups take int8 groups of inputs or bf16.
 
     Returns:
@@ -40,6 +40,8 @@ def round_inputs(x_RK: torch.Tensor, weight_format: str, *, few_rows: bool = Tru
         return x_RK
     if weight_format == "i8c":
         return round_rows(rotate(x_RK))
+    if weight_format == "i8p":
+        return round_rows(x_RK)
     if weight_format == "bf16" or not few_rows:
         return x_RK.bfloat16().float()
     return round_groups(x_RK)

@@ -65,7 +65,7 @@ def limits_of(
     if inputs is None:
         return ()
     plain, rotated = inputs.plain, inputs.rotated
-    tables: dict[str, Mapping[str, Sequence[float]]] = {"i8c": rotated, "i8g": plain, "i4g": plain}
+    tables: dict[str, Mapping[str, Sequence[float]]] = {"i8c": rotated, "i8p": plain, "i8g": plain, "i4g": plain}
     if kernels == "torch":
         # The native kernels take inputs of f16 weights in fp32.
         tables["f16"] = plain

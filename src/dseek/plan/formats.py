@@ -6,10 +6,11 @@ padded to a step, groups of 32 inputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-WeightFormat = Literal["f32", "f16", "bf16", "i8c", "i8g", "i4g"]
+WeightFormat = Literal["f32", "f16", "bf16", "i8c", "i8p", "i8g", "i4g"]
 CacheDtype = Literal["fp32", "bf16", "int8"]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4", "mixed"]
 Kernels = Literal["native", "torch"]
@@ -22,8 +23,8 @@ ROLES = ("qkv", "output", "gate_up", "down")
 
 CACHE_DTYPES: tuple[CacheDtype, ...] = ("fp32", "bf16", "int8")
 
-_INPUT_STEPS: dict[str, int] = {"f32": 1, "f16": 1, "bf16": 32, "i8c": 64, "i8g": 32, "i4g": 32}
-_VALUE_BITS: dict[str, int] = {"f32": 32, "f16": 16, "bf16": 16, "i8c": 8, "i8g": 8, "i4g": 4}
+_INPUT_STEPS: dict[str, int] = {"f32": 1, "f16": 1, "bf16": 32, "i8c": 64, "i8p": 64, "i8g": 32, "i4g": 32}
+_VALUE_BITS: dict[str, int] = {"f32": 32, "f16": 16, "bf16": 16, "i8c": 8, "i8p": 8, "i8g": 8, "i4g": 4}
 _GROUP_BYTES: dict[str, int] = {"i8g": 2, "i4g": 4}
 
 ENCODING_BITS: dict[str, float] = {
@@ -38,6 +39,7 @@ ENCODING_BITS: dict[str, float] = {
     "Q4_K": 4.5,
     "Q5_K": 5.5,
     "Q6_K": 6.5625,
+    "I8_CHANNEL": 8,
 }
 """Bits an element in a file, block scales included."""
 
@@ -89,6 +91,24 @@ VARIANTS: tuple[Variant, ...] = (
 )
 """What the search considers, widest first."""
 
+AS_GIVEN = Variant(name="int8, scales of channels as given", precision="int8", weight_format="i8p", table_format="i8g")
+"""Considered beside them where a file has such weights: without the rotation only weights made for it are any good."""
+
+MEASURED_AS: dict[str, WeightFormat] = {"i8p": "i8c"}
+"""Formats that are not measured, and whose times are taken for theirs: the kernel is the same, less a rotation."""
+
+
+def variants_for(encodings: Mapping[str, int]) -> tuple[Variant, ...]:
+    """List the ways to store a file's weights that are worth considering.
+
+    Args:
+        encodings: elements in the file, by encoding.
+
+    Returns:
+        The variants, widest first.
+    """
+    return (*VARIANTS, AS_GIVEN) if "I8_CHANNEL" in encodings else VARIANTS
+
 
 def packed_bytes(weight_format: str, num_outputs: int, num_inputs: int) -> int:
     """Size of a packed weight, without its header.
@@ -105,7 +125,7 @@ def packed_bytes(weight_format: str, num_outputs: int, num_inputs: int) -> int:
     outputs = -(-num_outputs // 16) * 16
     inputs = -(-num_inputs // step) * step
     total = outputs * inputs * _VALUE_BITS[weight_format] // 8
-    if weight_format == "i8c":
+    if weight_format in ("i8c", "i8p"):
         total += outputs * 8
     return total + outputs * (inputs // 32) * _GROUP_BYTES.get(weight_format, 0)
 

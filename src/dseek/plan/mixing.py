@@ -150,7 +150,7 @@ def _format(weights: Weights) -> WeightFormat:
 def _named(home: Weights, others: Sequence[Weights], layers: tuple[LayerFormats, ...], loss: float) -> Weights:
     """The mixture, named after its formats, the narrowest precision first."""
     used = {name for layer in layers for name in layer.by_role().values()}
-    order = ("i4g", "i8c", "i8g", "f16", "bf16", "f32")
+    order = ("i4g", "i8p", "i8c", "i8g", "f16", "bf16", "f32")
     parts = {_format(weights): weights.precision for weights in (home, *others)}
     names = [name for name in order if name in used]
     precisions = dict.fromkeys(parts[name] for name in names)

@@ -51,7 +51,7 @@ void Decoder::watch(const BlockWeights& block, Role role, const Rows& rows, int 
     if (limit <= 0.f) return;
     // A scale is the largest magnitude over 127. NaN is beyond any limit.
     bool within = true;
-    if (rows.kind == RowKind::token_u8) {
+    if (rows.kind == RowKind::token_u8 || rows.kind == RowKind::plain_u8) {
         for (int row = 0; row < num_rows; ++row) within &= rows.scale[row] * 127.f <= limit;
     } else if (rows.kind == RowKind::group_s8) {
         const int count = num_rows * rows.groups;

@@ -29,7 +29,7 @@ inline __m256i broadcast4(const void* source) {
 // panel that the epilogue joins.
 template <int kRows, class Tile>
 void for_each_tile_256(const LinearCall& call, const Tile& tile) {
-    constexpr int kGatedRows = kRows / 2;
+    constexpr int kGatedRows = kRows / 2;  // as many registers
     const bool gated = call.epilogue == Epilogue::gated;
     for (int panel = call.panel_begin; panel < call.panel_end; panel += gated ? 2 : 1) {
         int row = call.row_begin;
@@ -194,7 +194,7 @@ inline __m256i add_products(__m256i sums, __m256i weights, __m256i magnitudes, _
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// i8c weights with token_u8 rows.
+// i8c weights with token_u8 rows, i8p weights with plain_u8 rows.
 struct ChannelTile256 {
     const LinearCall& call;
 
@@ -297,11 +297,12 @@ void linear_groups_256(const LinearCall& call) {
 }
 
 inline void linear_avx2(const LinearCall& call) {
-    constexpr int kByteRows = 4;
+    constexpr int kByteRows = 3;
     switch (call.weight->format) {
         case Format::f32: linear_floats<false>(call); return;
         case Format::f16: linear_floats<true>(call); return;
-        case Format::i8c: for_each_tile_256<kByteRows>(call, ChannelTile256{call}); return;
+        case Format::i8c:
+        case Format::i8p: for_each_tile_256<kByteRows>(call, ChannelTile256{call}); return;
         case Format::bf16:
             if (call.row_end - call.row_begin < kFloatRows) for_each_tile_256<kFloatRows>(call, Bf16Tile256{call});
             else linear_widened_floats(call);
