@@ -183,7 +183,7 @@ def calibrate(
         state = _State(calibration=calibration, tensors=(*tensors, *watched.results()), path=out)
         state.save()
     if settings.sensitivity is not None:
-        _find_losses(decoder or _decoder(files), ids, state, settings, progress)
+        _find_losses(files, decoder, ids, state, settings, progress)
     return state.calibration, state.tensors
 
 
@@ -206,9 +206,14 @@ def _begun(files: ModelFiles, out: Path, source: Source) -> _State | None:
 
 
 def _find_losses(
-    decoder: Decoder, ids: Sequence[torch.Tensor], state: _State, settings: CalibrationSettings, progress: Progress
+    files: ModelFiles,
+    decoder: Decoder | None,
+    ids: Sequence[torch.Tensor],
+    state: _State,
+    settings: CalibrationSettings,
+    progress: Progress,
 ) -> None:
-    """Estimate all losses, or measure them one after the other."""
+    """Estimate all losses that are not known, or measure them one after the other."""
     chosen: list[torch.Tensor] = []
     for token_ids in ids:
         left = settings.sensitivity_tokens - sum(map(len, chosen))
@@ -220,6 +225,9 @@ def _find_losses(
             f"the losses in {state.path} are of other tokens or another seed",
             remedy="give the same --sensitivity-tokens and --seed to go on with them, or another --out",
         )
+    if _is_complete(state.calibration.losses, settings):
+        return
+    decoder = decoder or _decoder(files)
     sums = Sensitivity(decoder, chosen, settings.seed)
     state.change(origin=origin)
     _find_shared(sums, state, progress)
@@ -228,6 +236,16 @@ def _find_losses(
         _estimate(sums, decoder, state, missing, progress)
     if settings.sensitivity == "measure":
         _measure(sums, decoder, state, settings.formats, progress)
+
+
+def _is_complete(losses: Losses, settings: CalibrationSettings) -> bool:
+    """Whether nothing is left to find out."""
+    if any(name not in losses.caches for name in CACHES) or any(name not in losses.tables for name in TABLES):
+        return False
+    if any(name not in losses.projections for name in settings.formats):
+        return False
+    marks = (all(row) for name in settings.formats for row in losses.measured[name].values())
+    return settings.sensitivity == "estimate" or all(marks)
 
 
 def _find_shared(sums: Sensitivity, state: _State, progress: Progress) -> None:
