@@ -30,6 +30,8 @@ SEED, SPREAD = 2, 1.25
 BUDGETS = (0.01, 0.02, 0.05, 0.1)
 WINDOW = 512
 
+PIECE = 256
+
 FACTOR_BAR = 1.5
 """Largest factor between the loss that is foreseen and the loss that is measured, either way."""
 
@@ -102,6 +104,7 @@ def _plan(folder: str, calibration: str, settings: Settings, objective: Any = "l
             encodings=files.encodings(),
             model=folder,
             num_threads=settings.threads,
+            prefill_chunk_tokens=PIECE,  # logits of all plans come in the same pieces
             attention=AttentionWish(kind="dense"),
             **calibrated(files, calibration),
             **options,
