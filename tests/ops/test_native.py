@@ -23,7 +23,7 @@ from dseek.ops.tensor import EncodedTensor
 
 pytestmark = pytest.mark.native
 
-FORMATS = ("f32", "f16", "bf16", "i8c", "i8g", "i4g")
+FORMATS = ("f32", "f16", "bf16", "i8c", "i8p", "i8g", "i4g")
 SIZES = [
     (1, 64, 576),
     (2, 16, 32),
@@ -76,7 +76,7 @@ def test_linear(variant: str, weight_format: str, size: tuple[int, int, int]) ->
     found = native_linear(x, blob(weight, weight_format), channels)
     # Exact up to the order of summation, but for int8 activations that sit on a rounding boundary: one step of one
     # input, which is the row's (or group's) largest value over 127.
-    step = x.abs().max() / 127 * weight.abs().max() if weight_format in ("i8c", "i8g", "i4g") else 0.0
+    step = x.abs().max() / 127 * weight.abs().max() if weight_format in ("i8c", "i8p", "i8g", "i4g") else 0.0
     tolerance = 2e-5 * expected.abs().max() + step * 1.5
     assert (found - expected).abs().max() <= tolerance
     assert torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.9999
@@ -144,7 +144,7 @@ def test_attention(variant: str, size: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 70, 150])
-@pytest.mark.parametrize("weight_format", ["f32", "bf16", "i8c"])
+@pytest.mark.parametrize("weight_format", ["f32", "bf16", "i8c", "i8p"])
 def test_block(variant: str, weight_format: str, tokens: int) -> None:
     hidden, heads, kv_heads, head_dim, width = 96, 6, 2, 32, 176
     tensors = BlockTensors(
@@ -175,7 +175,7 @@ def test_block(variant: str, weight_format: str, tokens: int) -> None:
         1e-5,
         "fp32",
     )
-    bound = {"f32": 2e-6, "bf16": 2e-3, "i8c": 1e-2}[weight_format]
+    bound = {"f32": 2e-6, "bf16": 2e-3, "i8c": 1e-2, "i8p": 1e-2}[weight_format]
     assert (found - expected).abs().max() <= bound * expected.abs().max()
 
 

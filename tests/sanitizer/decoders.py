@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-FORMATS = ("f32", "f16", "bf16", "i8c", "i8g", "i4g")
+FORMATS = ("f32", "f16", "bf16", "i8c", "i8p", "i8g", "i4g")
 PAGE_TOKENS = 64
 
 

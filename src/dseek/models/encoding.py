@@ -13,14 +13,14 @@ from collections.abc import Callable
 import numpy as np
 
 from dseek.core.errors import UnsupportedModelError
-from dseek.ops.tensor import BLOCK_SIZES, EncodedTensor
+from dseek.ops.tensor import BLOCK_SIZES, CHANNEL_ENCODING, EncodedTensor
 
 
 def to_float32(tensor: EncodedTensor) -> np.ndarray:
     """Widen a tensor to float32.
 
     Args:
-        tensor: any encoding of `BLOCK_SIZES`.
+        tensor: any encoding of `BLOCK_SIZES`, or `CHANNEL_ENCODING`.
 
     Returns:
         float32, of the tensor's shape; exact for F32, F16 and BF16, and for the others the value the encoding stands
@@ -29,6 +29,8 @@ def to_float32(tensor: EncodedTensor) -> np.ndarray:
     Raises:
         UnsupportedModelError: an unknown encoding.
     """
+    if tensor.encoding == CHANNEL_ENCODING:
+        return _widen_channels(tensor.data.reshape(tensor.shape[0], -1))
     if tensor.encoding not in BLOCK_SIZES:
         raise UnsupportedModelError(
             f"tensor {tensor.name} is encoded as {tensor.encoding}", needed="one of " + ", ".join(BLOCK_SIZES)
@@ -88,6 +90,11 @@ def _widen_q5_0(blocks: np.ndarray) -> np.ndarray:
 def _widen_q5_1(blocks: np.ndarray) -> np.ndarray:
     values = (_nibbles(blocks, 8) | _fifth_bits(blocks, 4)).astype(np.float32)
     return _halves(blocks, 0) * values + _halves(blocks, 2)
+
+
+def _widen_channels(rows: np.ndarray) -> np.ndarray:
+    scale = np.ascontiguousarray(rows[:, :4]).view("<f4")
+    return scale * rows[:, 4:].view(np.int8).astype(np.float32)
 
 
 def _widen_with_gguf(blocks: np.ndarray, encoding: str) -> np.ndarray:

@@ -25,6 +25,9 @@ BLOCK_SIZES: dict[str, tuple[int, int]] = {
 }
 """Elements and bytes of one block of each encoding (GGUF names; layouts: ggml `ggml-common.h`)."""
 
+CHANNEL_ENCODING = "I8_CHANNEL"
+"""A row is its scale, a float32, and one int8 for each input: what `dseek.ops.linear.integers` makes."""
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedTensor:
@@ -33,7 +36,7 @@ class EncodedTensor:
     Args:
         name: canonical (Hugging Face) name, such as `model.layers.0.mlp.up_proj.weight`.
         shape: logical shape, output channels first.
-        encoding: a key of `BLOCK_SIZES`; blocks run along the last axis.
+        encoding: a key of `BLOCK_SIZES`, whose blocks run along the last axis, or `CHANNEL_ENCODING`.
         data: uint8 [num_bytes], contiguous, row after row.
     """
 

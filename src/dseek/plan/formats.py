@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-WeightFormat = Literal["f32", "f16", "bf16", "i8c", "i8g", "i4g"]
+WeightFormat = Literal["f32", "f16", "bf16", "i8c", "i8p", "i8g", "i4g"]
 CacheDtype = Literal["fp32", "bf16", "int8"]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4", "mixed"]
 Kernels = Literal["native", "torch"]
@@ -22,8 +22,8 @@ ROLES = ("qkv", "output", "gate_up", "down")
 
 CACHE_DTYPES: tuple[CacheDtype, ...] = ("fp32", "bf16", "int8")
 
-_INPUT_STEPS: dict[str, int] = {"f32": 1, "f16": 1, "bf16": 32, "i8c": 64, "i8g": 32, "i4g": 32}
-_VALUE_BITS: dict[str, int] = {"f32": 32, "f16": 16, "bf16": 16, "i8c": 8, "i8g": 8, "i4g": 4}
+_INPUT_STEPS: dict[str, int] = {"f32": 1, "f16": 1, "bf16": 32, "i8c": 64, "i8p": 64, "i8g": 32, "i4g": 32}
+_VALUE_BITS: dict[str, int] = {"f32": 32, "f16": 16, "bf16": 16, "i8c": 8, "i8p": 8, "i8g": 8, "i4g": 4}
 _GROUP_BYTES: dict[str, int] = {"i8g": 2, "i4g": 4}
 
 ENCODING_BITS: dict[str, float] = {
@@ -105,7 +105,7 @@ def packed_bytes(weight_format: str, num_outputs: int, num_inputs: int) -> int:
     outputs = -(-num_outputs // 16) * 16
     inputs = -(-num_inputs // step) * step
     total = outputs * inputs * _VALUE_BITS[weight_format] // 8
-    if weight_format == "i8c":
+    if weight_format in ("i8c", "i8p"):
         total += outputs * 8
     return total + outputs * (inputs // 32) * _GROUP_BYTES.get(weight_format, 0)
 

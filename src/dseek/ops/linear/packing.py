@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dseek.ops import native
-from dseek.ops.tensor import EncodedTensor
+from dseek.ops.tensor import CHANNEL_ENCODING, EncodedTensor
 
-PACKED_DIRECTLY = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
-"""Encodings that the native packer reads itself; Q8_0, Q4_0 and Q4_1 are moved into i8g and i4g without a change."""
+PACKED_DIRECTLY = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", CHANNEL_ENCODING)
+"""Encodings that the native packer reads itself; Q8_0 is moved into i8g, Q4_0 and Q4_1 into i4g, I8_CHANNEL into
+i8p without a change."""
 
 
 def pack(
@@ -23,7 +24,7 @@ def pack(
     """Pack weights that share their inputs, one below the other, into one blob.
 
     Args:
-        weight_format: f32, f16, bf16, i8c, i8g or i4g.
+        weight_format: f32, f16, bf16, i8c, i8p, i8g or i4g.
         tensors: each [N, K] in its stored encoding.
         widen: gives a tensor's values as float32, for encodings that are not in `PACKED_DIRECTLY`.
         interleaved: alternate panels of the first and the second half of the rows (gate and up).

@@ -89,7 +89,7 @@ def round_weight(weight_NK: torch.Tensor, weight_format: str) -> torch.Tensor:
 
     Args:
         weight_NK: float32 [N, K].
-        weight_format: f32, f16, bf16, i8c, i8g or i4g.
+        weight_format: f32, f16, bf16, i8c, i8p, i8g or i4g.
 
     Returns:
         float32 [N, K]; for i8c [N, ceil(K / 16) * 16], still rotated.
@@ -102,6 +102,8 @@ def round_weight(weight_NK: torch.Tensor, weight_format: str) -> torch.Tensor:
         return weight_NK.bfloat16().float()
     if weight_format == "i8c":
         return round_rows(rotate(weight_NK))
+    if weight_format == "i8p":
+        return round_rows(weight_NK)
     rows, inputs = weight_NK.shape
     groups = torch.nn.functional.pad(weight_NK, (0, -inputs % GROUP)).reshape(-1, GROUP)
     if weight_format == "i8g":
@@ -122,7 +124,7 @@ def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, weight_format: str, *, f
     Args:
         x_MK: float32 [M, K].
         weight_NK: float32 [N, K], before rounding.
-        weight_format: f32, f16, bf16, i8c, i8g or i4g.
+        weight_format: f32, f16, bf16, i8c, i8p, i8g or i4g.
         few_rows: whether grouped formats take int8 activations (few rows) or widen the weight to bf16 (many).
 
     Returns:
@@ -133,6 +135,8 @@ def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, weight_format: str, *, f
         rounded = x_MK
     elif weight_format == "i8c":
         rounded = round_rows(rotate(x_MK))
+    elif weight_format == "i8p":
+        rounded = round_rows(x_MK)
     elif weight_format == "bf16" or not few_rows:
         rounded, weight = x_MK.bfloat16().float(), weight.bfloat16().float()
     else:

@@ -217,7 +217,7 @@ inline void linear_amx(const LinearCall& call) {
         return;
     }
     const TileSession session;
-    if (weight.format == Format::i8c) {
+    if (per_channel(weight.format)) {
         multiply_tiles<Int8Product>(call, weight.panel(call.panel_begin));
     } else if (weight.format == Format::bf16) {
         multiply_tiles<Bf16Product>(call, weight.panel(call.panel_begin));

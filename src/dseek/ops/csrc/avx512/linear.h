@@ -97,7 +97,7 @@ inline __m512 scale_channels(const Linear& weight, int panel, __m512i sums, floa
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums, offset)), scale);
 }
 
-// i8c weights with token_u8 rows; four inputs an instruction.
+// i8c weights with token_u8 rows, i8p weights with plain_u8 rows; four inputs an instruction.
 struct ChannelTile512 {
     const LinearCall& call;
 
@@ -288,7 +288,8 @@ inline void linear_avx512(const LinearCall& call) {
         case Format::bf16:
             tiles_512(call, Bf16Tile512{call, reinterpret_cast<const uint16_t*>(weight.panel(call.panel_begin))});
             return;
-        case Format::i8c: tiles_512(call, ChannelTile512{call}); return;
+        case Format::i8c:
+        case Format::i8p: tiles_512(call, ChannelTile512{call}); return;
         case Format::i8g:
         case Format::i4g:
             if (call.rows->kind == RowKind::group_s8) {

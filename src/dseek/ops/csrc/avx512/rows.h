@@ -23,23 +23,26 @@ inline float largest_of(const float* x, int size) {
     return _mm512_reduce_max_ps(largest);
 }
 
-inline void quantize_token_avx512(const float* x, int k, int k_padded, const Rows& rows, int row_idx) {
+template <bool kRotate>
+void quantize_token_avx512(const float* x, int k, int k_padded, const Rows& rows, int row_idx) {
     const int size = round_up(k, 16);
-    float* rotated = row_scratch(size);
-    if (k == size) {
-        rotate(x, rotated, size);
-    } else {
-        std::memcpy(rotated, x, static_cast<size_t>(k) * 4);
-        std::fill(rotated + k, rotated + size, 0.f);
-        rotate(rotated, size);
+    const float* source = x;
+    if (kRotate || k != size) {
+        float* row = row_scratch(size);
+        if (k != size) {
+            std::memcpy(row, x, static_cast<size_t>(k) * 4);
+            std::fill(row + k, row + size, 0.f);
+        }
+        if constexpr (kRotate) rotate(k == size ? x : row, row, size);
+        source = row;
     }
-    const float largest = largest_of(rotated, size);
+    const float largest = largest_of(source, size);
     const __m512 inverse = _mm512_set1_ps(largest > 0.f ? 127.f / largest : 0.f);
     rows.scale[row_idx] = largest / 127.f;
     uint8_t* out = rows.row<uint8_t>(row_idx);
     const __m128i offset = _mm_set1_epi8(static_cast<char>(0x80));
     for (int i = 0; i < size; i += 16) {
-        const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(rotated + i), inverse));
+        const __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(source + i), inverse));
         const __m128i bytes = _mm_xor_si128(_mm512_cvtepi32_epi8(value), offset);
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), bytes);
     }
@@ -81,7 +84,8 @@ inline void prepare_row_avx512(const float* x, int k, int k_padded, const Rows& 
             std::memset(out + k, 0, static_cast<size_t>(k_padded - k) * 2);
             return;
         }
-        case RowKind::token_u8: quantize_token_avx512(x, k, k_padded, rows, row_idx); return;
+        case RowKind::token_u8: quantize_token_avx512<true>(x, k, k_padded, rows, row_idx); return;
+        case RowKind::plain_u8: quantize_token_avx512<false>(x, k, k_padded, rows, row_idx); return;
         case RowKind::group_s8: quantize_groups_avx512(x, k, k_padded, rows, row_idx); return;
     }
 }

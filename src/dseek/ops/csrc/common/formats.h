@@ -9,6 +9,7 @@
 //   f16     half    [k_padded][16]                     -                   -
 //   bf16    bfloat  [k_padded / 2][16][2]              -                   -
 //   i8c     int8    [k_padded / 4][16][4]              float [n_padded]    int32 [n_padded], 128 * sum of the row
+//   i8p     as i8c, and the rows are not rotated: int8 values and scales that somebody else chose fit as they are
 //   i8g     uint8   [k_padded / 32][8][16][4], w + 128 half [groups][16]   -
 //   i4g     uint8   [k_padded / 32][4][16][4], nibbles half [groups][16]   half [groups][16], the minimum
 //
@@ -20,7 +21,7 @@
 
 namespace dseek {
 
-enum class Format : uint32_t { f32 = 0, f16 = 1, bf16 = 2, i8c = 3, i8g = 4, i4g = 5 };
+enum class Format : uint32_t { f32 = 0, f16 = 1, bf16 = 2, i8c = 3, i8g = 4, i4g = 5, i8p = 6 };
 
 constexpr int kPanel = 16;       // output channels of a panel
 constexpr int kGroup = 32;       // inputs that share a scale in i8g and i4g
@@ -44,6 +45,9 @@ struct BlobHeader {
 };
 static_assert(sizeof(BlobHeader) == 64);
 
+// One scale an output channel: the same layout and the same product, rotated (i8c) or plain (i8p).
+inline bool per_channel(Format format) { return format == Format::i8c || format == Format::i8p; }
+
 inline int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline size_t round_up_size(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -53,7 +57,8 @@ inline int k_multiple(Format format) {
         case Format::f32:
         case Format::f16: return 1;
         case Format::bf16: return 32;
-        case Format::i8c: return 64;
+        case Format::i8c:
+        case Format::i8p: return 64;
         case Format::i8g:
         case Format::i4g: return kGroup;
     }
@@ -68,6 +73,7 @@ inline size_t panel_bytes(Format format, int k_padded) {
         case Format::f16:
         case Format::bf16: return elements * 2;
         case Format::i8c:
+        case Format::i8p:
         case Format::i8g: return elements;
         case Format::i4g: return elements / 2;
     }
@@ -89,7 +95,7 @@ inline BlobHeader make_header(Format format, int n, int k, bool interleaved) {
     size_t end = sizeof(BlobHeader) + num_panels * panel_bytes(format, static_cast<int>(header.k_padded));
     const size_t groups = header.k_padded / kGroup;
     size_t scale_bytes = 0, extra_bytes = 0;
-    if (format == Format::i8c) scale_bytes = extra_bytes = size_t{header.n_padded} * 4;
+    if (per_channel(format)) scale_bytes = extra_bytes = size_t{header.n_padded} * 4;
     if (format == Format::i8g || format == Format::i4g) scale_bytes = num_panels * groups * kPanel * 2;
     if (format == Format::i4g) extra_bytes = scale_bytes;
     header.scale_offset = end = round_up_size(end, kBlobAlign);

@@ -18,6 +18,7 @@ enum class RowKind {
     f32,       // as they are
     bf16,      // rounded
     token_u8,  // rotated, then one scale a row; stored as value + 128
+    plain_u8,  // the same without the rotation
     group_s8,  // one scale and one sum for every 32 inputs
 };
 
@@ -26,7 +27,7 @@ struct Rows {
     RowKind kind = RowKind::f32;
     void* values = nullptr;        // [rows][stride] of the kind's element
     size_t stride = 0;             // elements between rows
-    float* scale = nullptr;        // token_u8: [rows]
+    float* scale = nullptr;        // token_u8, plain_u8: [rows]
     float* group_scale = nullptr;  // group_s8: [rows][groups]
     float* group_sum = nullptr;    // group_s8: [rows][groups], scale times the sum of the quantised values
     int groups = 0;

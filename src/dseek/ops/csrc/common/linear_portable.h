@@ -150,7 +150,7 @@ inline i32x16 dot4(i32x16 acc, int32_t inputs, const int8_t* weights) {
 #endif
 }
 
-// i8c weights with token_u8 rows.
+// i8c weights with token_u8 rows, i8p weights with plain_u8 rows.
 struct ChannelTile {
     const LinearCall& call;
 
@@ -275,6 +275,7 @@ inline RowKind row_kind_portable(Format format, int num_rows) {
         case Format::f16: return RowKind::f32;
         case Format::bf16: return RowKind::bf16;
         case Format::i8c: return RowKind::token_u8;
+        case Format::i8p: return RowKind::plain_u8;
         case Format::i8g:
         case Format::i4g: return num_rows <= kFewRows ? RowKind::group_s8 : RowKind::bf16;
     }
@@ -289,7 +290,8 @@ inline void linear_portable(const LinearCall& call) {
             for_each_tile(call,
                           Bf16Tile{call, reinterpret_cast<const uint16_t*>(call.weight->panel(call.panel_begin))});
             return;
-        case Format::i8c: for_each_tile(call, ChannelTile{call}); return;
+        case Format::i8c:
+        case Format::i8p: for_each_tile(call, ChannelTile{call}); return;
         case Format::i8g:
         case Format::i4g:
             if (call.rows->kind == RowKind::group_s8) {

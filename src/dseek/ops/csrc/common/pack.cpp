@@ -24,8 +24,16 @@ BlockLayout block_layout(Encoding encoding) {
         case Encoding::q8_0: return {32, 34};
         case Encoding::q4_0: return {32, 18};
         case Encoding::q4_1: return {32, 20};
+        case Encoding::i8_channel: return {1, 1};  // behind the scale
     }
     throw std::invalid_argument("unknown encoding");
+}
+
+// Bytes of a row of k inputs.
+size_t row_bytes(Encoding encoding, int k) {
+    const BlockLayout layout = block_layout(encoding);
+    const size_t before = encoding == Encoding::i8_channel ? sizeof(float) : 0;
+    return before + static_cast<size_t>(k / layout.elements) * layout.bytes;
 }
 
 uint16_t read_u16(const uint8_t* source) {
@@ -68,6 +76,14 @@ void decode_row(Encoding encoding, const uint8_t* source, int k, float* out) {
                 }
             }
             return;
+        case Encoding::i8_channel: {
+            float scale;
+            std::memcpy(&scale, source, sizeof scale);
+            for (int i = 0; i < k; ++i) {
+                out[i] = scale * static_cast<float>(static_cast<int8_t>(source[sizeof scale + i]));
+            }
+            return;
+        }
     }
 }
 
@@ -80,8 +96,7 @@ struct RowSource {
 RowSource find_row(const std::vector<Piece>& pieces, int row, int k) {
     for (const Piece& piece : pieces) {
         if (row < piece.rows) {
-            const BlockLayout layout = block_layout(piece.encoding);
-            return {piece.encoding, piece.data + static_cast<size_t>(row) * (k / layout.elements) * layout.bytes};
+            return {piece.encoding, piece.data + static_cast<size_t>(row) * row_bytes(piece.encoding, k)};
         }
         row -= piece.rows;
     }
@@ -99,10 +114,36 @@ int source_row(const BlobHeader& header, int channel) {
 bool repacks(Format format, const std::vector<Piece>& pieces) {
     for (const Piece& piece : pieces) {
         const bool q4 = piece.encoding == Encoding::q4_0 || piece.encoding == Encoding::q4_1;
-        const bool exact = (format == Format::i4g && q4) || (format == Format::i8g && piece.encoding == Encoding::q8_0);
+        const bool exact = (format == Format::i4g && q4) ||
+                           (format == Format::i8g && piece.encoding == Encoding::q8_0) ||
+                           (format == Format::i8p && piece.encoding == Encoding::i8_channel);
         if (!exact) return false;
     }
     return true;
+}
+
+// Moves the rows of one panel of i8p: values and scales stay exactly those given.
+void repack_channels(uint8_t* blob, const BlobHeader& header, const std::vector<Piece>& pieces, int panel) {
+    const int k = static_cast<int>(header.k), k_padded = static_cast<int>(header.k_padded);
+    uint8_t* data = blob + sizeof(BlobHeader) + static_cast<size_t>(panel) * panel_bytes(Format::i8p, k_padded);
+    auto* scales = reinterpret_cast<float*>(blob + header.scale_offset) + static_cast<size_t>(panel) * kPanel;
+    auto* sums = reinterpret_cast<int32_t*>(blob + header.extra_offset) + static_cast<size_t>(panel) * kPanel;
+    std::memset(data, 0, panel_bytes(Format::i8p, k_padded));
+    for (int lane = 0; lane < kPanel; ++lane) {
+        scales[lane] = 0.f;
+        sums[lane] = 0;
+        const int row = source_row(header, panel * kPanel + lane);
+        if (row < 0) continue;
+        const uint8_t* source = find_row(pieces, row, k).data;
+        std::memcpy(&scales[lane], source, sizeof(float));
+        source += sizeof(float);
+        int32_t total = 0;
+        for (int i = 0; i < k; ++i) {
+            data[i / 4 * 64 + lane * 4 + i % 4] = source[i];
+            total += static_cast<int8_t>(source[i]);
+        }
+        sums[lane] = total * 128;
+    }
 }
 
 // Moves the blocks of one panel without decoding them: the numbers stay exactly those of the file.
@@ -162,7 +203,7 @@ void check_size(Format format, int64_t n, int64_t k, bool interleaved) {
     constexpr int64_t kMostChannels = 1 << 26;
     constexpr int64_t kMostInputs = 1 << 20;      // a panel of them, widened, is 64 MiB of working memory a thread
     constexpr int64_t kMostInt8Inputs = 1 << 16;  // sums of products of two bytes stay within 32 bits
-    const int64_t most_inputs = format == Format::i8c ? kMostInt8Inputs : kMostInputs;
+    const int64_t most_inputs = per_channel(format) ? kMostInt8Inputs : kMostInputs;
     if (n < 1 || n > kMostChannels || k < 1 || k > most_inputs) {
         throw std::invalid_argument("a weight's shape is " + std::to_string(n) + " x " + std::to_string(k) +
                                     "; needed: 1 to " + std::to_string(kMostChannels) + " x 1 to " +
@@ -178,7 +219,7 @@ Linear view_blob(const uint8_t* blob, size_t num_bytes) {
     BlobHeader header;
     if (num_bytes < sizeof header) throw std::invalid_argument("packed weight is shorter than its header");
     std::memcpy(&header, blob, sizeof header);
-    if (header.magic != kBlobMagic || header.version != kBlobVersion || header.format > 5) {
+    if (header.magic != kBlobMagic || header.version != kBlobVersion || header.format > 6) {
         throw std::invalid_argument("not a packed weight of this version");
     }
     const auto format = static_cast<Format>(header.format);
@@ -209,6 +250,7 @@ Encoding encoding_from_name(const std::string& name) {
     if (name == "Q8_0") return Encoding::q8_0;
     if (name == "Q4_0") return Encoding::q4_0;
     if (name == "Q4_1") return Encoding::q4_1;
+    if (name == "I8_CHANNEL") return Encoding::i8_channel;
     throw std::invalid_argument("encoding " + name + " cannot be packed; widen it to F32 first");
 }
 
@@ -219,7 +261,8 @@ Format format_from_name(const std::string& name) {
     if (name == "i8c") return Format::i8c;
     if (name == "i8g") return Format::i8g;
     if (name == "i4g") return Format::i4g;
-    throw std::invalid_argument("unknown weight format '" + name + "'; needed: f32, f16, bf16, i8c, i8g or i4g");
+    if (name == "i8p") return Format::i8p;
+    throw std::invalid_argument("unknown weight format '" + name + "'; needed: f32, f16, bf16, i8c, i8p, i8g or i4g");
 }
 
 void check_pieces(const std::vector<Piece>& pieces, int n, int k) {
@@ -229,7 +272,7 @@ void check_pieces(const std::vector<Piece>& pieces, int n, int k) {
         if (piece.rows < 0 || k % layout.elements != 0) {
             throw std::invalid_argument("a row of " + std::to_string(k) + " inputs is not a whole number of blocks");
         }
-        const size_t needed = static_cast<size_t>(piece.rows) * (k / layout.elements) * layout.bytes;
+        const size_t needed = static_cast<size_t>(piece.rows) * row_bytes(piece.encoding, k);
         if (piece.num_bytes != needed) {
             throw std::invalid_argument("a weight has " + std::to_string(piece.num_bytes) +
                                         " bytes where its shape needs " + std::to_string(needed));
@@ -244,14 +287,16 @@ void pack_blob(const BlobHeader& header, const std::vector<Piece>& pieces, uint8
     std::memcpy(blob, &header, sizeof header);
     const int num_panels = static_cast<int>(header.n_padded) / kPanel;
     const int k = static_cast<int>(header.k), k_padded = static_cast<int>(header.k_padded);
-    const bool exact = k == k_padded && repacks(static_cast<Format>(header.format), pieces);
+    const bool plain = static_cast<Format>(header.format) == Format::i8p;
+    const bool exact = (plain || k == k_padded) && repacks(static_cast<Format>(header.format), pieces);
     std::atomic<int> next{0};
     const KernelTable& table = kernels();
     thread_pool().run([&](int) {
         std::vector<float> rows(exact ? 0 : static_cast<size_t>(k_padded) * kPanel);
         for (int panel = next++; panel < num_panels; panel = next++) {
             if (exact) {
-                repack_panel(blob, header, pieces, panel);
+                if (plain) repack_channels(blob, header, pieces, panel);
+                else repack_panel(blob, header, pieces, panel);
                 continue;
             }
             std::fill(rows.begin(), rows.end(), 0.f);

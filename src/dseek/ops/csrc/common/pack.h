@@ -20,21 +20,21 @@ struct BlobPanel {
         const auto format = static_cast<Format>(header.format);
         const int k_padded = static_cast<int>(header.k_padded);
         data = blob + sizeof(BlobHeader) + static_cast<size_t>(panel) * panel_bytes(format, k_padded);
-        const size_t step = format == Format::i8c ? kPanel * 4 : static_cast<size_t>(k_padded / kGroup) * kPanel * 2;
+        const size_t step = per_channel(format) ? kPanel * 4 : static_cast<size_t>(k_padded / kGroup) * kPanel * 2;
         scale = blob + header.scale_offset + panel * step;
         extra = blob + header.extra_offset + panel * step;
     }
 };
 
-// int8 with one scale a channel; `rows` is [16][k_padded] and is rotated in place.
-inline void pack_channels(float* rows, int k, int k_padded, const BlobPanel& out) {
+// int8 with one scale a channel; `rows` is [16][k_padded] and for i8c is rotated in place.
+inline void pack_channels(Format format, float* rows, int k, int k_padded, const BlobPanel& out) {
     auto* scales = reinterpret_cast<float*>(out.scale);
     auto* sums = reinterpret_cast<int32_t*>(out.extra);
-    const int rotated_size = round_up(k, 16);
+    const int size = round_up(k, 16);
     for (int lane = 0; lane < kPanel; ++lane) {
         float* row = rows + static_cast<size_t>(lane) * k_padded;
-        rotate(row, rotated_size);
-        const float largest = largest_magnitude(row, rotated_size);
+        if (format == Format::i8c) rotate(row, size);
+        const float largest = largest_magnitude(row, size);
         const float inverse = largest > 0.f ? 127.f / largest : 0.f;
         scales[lane] = largest / 127.f;
         int32_t total = 0;
@@ -126,7 +126,8 @@ inline void pack_panel(uint8_t* blob, int panel, float* rows) {
                 for (int i = 0; i < k_padded; ++i) target[i / 2 * 32 + i % 2] = float_to_bf16(row[i]);
             }
             return;
-        case Format::i8c: pack_channels(rows, k, k_padded, out); return;
+        case Format::i8c:
+        case Format::i8p: pack_channels(format, rows, k, k_padded, out); return;
         case Format::i8g:
         case Format::i4g: pack_groups(format, rows, k_padded, out); return;
     }
@@ -150,14 +151,15 @@ inline void unpack_channel(const Linear& weight, int channel, float* out) {
                 out[i] = bf16_to_float(reinterpret_cast<const uint16_t*>(data)[(i / 2 * kPanel + lane) * 2 + i % 2]);
             }
             return;
-        case Format::i8c: {
+        case Format::i8c:
+        case Format::i8p: {
             const int size = round_up(weight.k, 16);
             float* row = row_scratch(size);
             const float scale = weight.channel_scale()[channel];
             for (int i = 0; i < size; ++i) {
                 row[i] = scale * static_cast<float>(static_cast<int8_t>(data[(i / 4 * kPanel + lane) * 4 + i % 4]));
             }
-            rotate(row, size);  // the rotation is its own inverse
+            if (weight.format == Format::i8c) rotate(row, size);  // the rotation is its own inverse
             std::memcpy(out, row, static_cast<size_t>(weight.k) * 4);
             return;
         }

@@ -65,18 +65,19 @@ inline float largest_magnitude(const float* x, int size) {
     return result;
 }
 
-inline void quantize_token(const float* x, int k, int k_padded, const Rows& rows, int row_idx) {
+template <bool kRotate>
+void quantize_token(const float* x, int k, int k_padded, const Rows& rows, int row_idx) {
     const int size = round_up(k, 16);
-    float* rotated = row_scratch(size);
-    std::memcpy(rotated, x, static_cast<size_t>(k) * 4);
-    std::fill(rotated + k, rotated + size, 0.f);
-    rotate(rotated, size);
-    const float largest = largest_magnitude(rotated, size);
+    float* row = row_scratch(size);
+    std::memcpy(row, x, static_cast<size_t>(k) * 4);
+    std::fill(row + k, row + size, 0.f);
+    if constexpr (kRotate) rotate(row, size);
+    const float largest = largest_magnitude(row, size);
     const float inverse = largest > 0.f ? 127.f / largest : 0.f;
     rows.scale[row_idx] = largest / 127.f;
     uint8_t* out = rows.row<uint8_t>(row_idx);
     for (int i = 0; i < size; i += 16) {
-        const i32x16 value = __builtin_convertvector(load(rotated + i) * inverse + splat(128.5f), i32x16);
+        const i32x16 value = __builtin_convertvector(load(row + i) * inverse + splat(128.5f), i32x16);
         for (int lane = 0; lane < 16; ++lane) out[i + lane] = static_cast<uint8_t>(value[lane]);
     }
     std::memset(out + size, 128, static_cast<size_t>(k_padded - size));
@@ -113,7 +114,8 @@ inline void prepare_row(const float* x, int k, int k_padded, const Rows& rows, i
             std::memset(out + k, 0, static_cast<size_t>(k_padded - k) * 2);
             return;
         }
-        case RowKind::token_u8: quantize_token(x, k, k_padded, rows, row_idx); return;
+        case RowKind::token_u8: quantize_token<true>(x, k, k_padded, rows, row_idx); return;
+        case RowKind::plain_u8: quantize_token<false>(x, k, k_padded, rows, row_idx); return;
         case RowKind::group_s8: quantize_groups(x, k, k_padded, rows, row_idx); return;
     }
 }
