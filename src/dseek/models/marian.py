@@ -8,6 +8,7 @@ tokens. B sentences, S source tokens, T target tokens, D model width, H heads, d
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from dseek.models.marian_shape import MarianShape
 
-_FUNCTIONS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
 
 def sinusoids(num_positions: int, width: int) -> torch.Tensor:

@@ -7,7 +7,6 @@ at all, so that a run that was stopped repeats at most one pass. B pairs, T targ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,9 +34,12 @@ class TranslationTraining:
     tokens_per_batch: int = 1536
     """Most tokens of a batch on its longer side, padding included."""
     learning_rate: float = 2e-3
-    """Largest step of AdamW, reached after `warm_up_steps` and lowered along a cosine."""
+    """Largest step of AdamW, reached after `warm_up_steps`."""
     warm_up_steps: int = 500
     """Steps over which the rate rises from nothing."""
+    decay_share: float = 0.4
+    """Share of all steps, the last ones, over which the rate falls to nothing. Until they begin, a training may be
+    resumed with another number of passes."""
     weight_decay: float = 0.01
     """Of AdamW, on matrices alone."""
     label_smoothing: float = 0.1
@@ -63,6 +65,7 @@ class TranslationTraining:
             ("number of passes", self.num_passes, 1, 100_000),
             ("tokens of a batch", self.tokens_per_batch, 16, 1 << 20),
             ("steps of warming up", self.warm_up_steps, 0, 1 << 20),
+            ("share of decay", self.decay_share, 0.0, 1.0),
             ("weight decay", self.weight_decay, 0.0, 1.0),
             ("label smoothing", self.label_smoothing, 0.0, 0.9),
             ("dropout", self.dropout, 0.0, 0.9),
@@ -200,7 +203,7 @@ class _Run:
     def step(self, loss: torch.Tensor, num_steps: int) -> None:
         """One step of AdamW and of the running mean."""
         rise = min(1.0, (self.num_steps + 1) / max(1, self.config.warm_up_steps))
-        fall = 0.5 + 0.5 * math.cos(math.pi * min(1.0, self.num_steps / num_steps))
+        fall = min(1.0, (1.0 - self.num_steps / num_steps) / max(1e-9, self.config.decay_share))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rise * fall
         self.optimizer.zero_grad()
@@ -250,7 +253,11 @@ class _Run:
     def _restore(self) -> None:
         with safe_open(str(self.state_file), framework="pt") as stored:
             metadata = stored.metadata() or {}
+            done = int(metadata.get("passes", 0))
+            begun = min(self.config.num_passes, int(metadata.get("num_passes", 0))) * (1.0 - self.config.decay_share)
             for key, value in asdict(self.config).items():
+                if key == "num_passes" and done <= begun:
+                    continue  # the rate has not begun to fall, so nothing so far depends on it
                 if metadata.get(key) != str(value):
                     raise ConfigError(
                         f"{self.state_file} is of a training with {key} {metadata.get(key)}",
@@ -267,5 +274,5 @@ class _Run:
                     self.best[index].copy_(stored.get_tensor(f"best.{name}"))
                     keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in names]
                     self.optimizer.state[value] = {key: stored.get_tensor(f"{key}.{name}") for key in keys}
-            self.num_passes, self.num_steps = int(metadata["passes"]), int(metadata["steps"])
+            self.num_passes, self.num_steps = done, int(metadata["steps"])
             self.losses = [float(loss) for loss in metadata["losses"].split()]
