@@ -12,7 +12,9 @@ can round and those that stay wide, `qat_training` what a loop needs, `convert` 
 
 from __future__ import annotations
 
+from dseek.compress.convert import convert, load, save
 from dseek.compress.qat_config import QatConfig
+from dseek.compress.qat_curvature import update_deltas
 from dseek.compress.qat_layers import FoldedBatchNorm, QatConv1d, QatConv2d, QatLayer, QatLinear
 from dseek.compress.qat_prepare import LayerChoice, inspect, prepare, restore
 from dseek.compress.qat_training import (
@@ -34,13 +36,17 @@ __all__ = [
     "QatLayer",
     "QatLinear",
     "calibrate",
+    "convert",
     "distillation_loss",
     "freeze_batch_norm",
     "freeze_ranges",
     "inspect",
+    "load",
     "parameter_groups",
     "plain_state_dict",
     "prepare",
     "restore",
     "rounding",
+    "save",
+    "update_deltas",
 ]

@@ -36,6 +36,10 @@ class QatLayer(torch.nn.Module):
     input_rounding: InputRounding
     config: QatConfig
 
+    def rounded_weight(self) -> torch.Tensor:
+        """Return the weight as it is before rounding, a batch norm folded into it."""
+        raise NotImplementedError
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Fill in what a checkpoint of the plain layer does not have."""
         for added in ADDED:
@@ -61,6 +65,10 @@ class QatLinear(QatLayer, torch.nn.Linear):
         grouped = config.group_size is not None
         self.input_rounding = InputRounding(config, by_sample=False, grouped=grouped, like=self.weight)
         self.train(plain.training)
+
+    def rounded_weight(self) -> torch.Tensor:
+        """Return the weight."""
+        return self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply; `x` is [..., K]."""
@@ -88,6 +96,10 @@ class _QatConvolution(QatLayer, torch.nn.modules.conv._ConvNd):
         self.weight_rounding = WeightRounding(weight, config)
         self.input_rounding = InputRounding(config, by_sample=True, grouped=False, like=self.weight)
         self.train(plain.training)
+
+    def rounded_weight(self) -> torch.Tensor:
+        """Return the weight with the batch norm folded into it."""
+        return folded(self, self.batch_norm)[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve, batch norm included; `x` is [B, C, ...] or [C, ...]."""

@@ -69,6 +69,7 @@ class WeightRounding(torch.nn.Module):
             self.register_buffer("step", step)
         delta = torch.tensor(config.ewgs_delta, device=weight.device) if config.scales_gradients else None
         self.register_buffer("delta", delta)
+        self.recorded: list[torch.Tensor] | None = None
         self.elements_of_step = blocks[0, 0].numel() if self.group_size else blocks[0].numel()
 
     def _blocks(self, weight: torch.Tensor) -> torch.Tensor:
@@ -87,9 +88,11 @@ class WeightRounding(torch.nn.Module):
             return qat_rounding.step_by_mean(blocks, dims, self.high)
         return qat_rounding.step_by_error(blocks, dims, self.low, self.high)
 
-    def freeze(self, frozen: bool) -> None:
-        """Keep learned steps as they are, or, where `frozen` is False, let them learn."""
+    def freeze(self, frozen: bool, weight: torch.Tensor) -> None:
+        """Keep steps as they are for `weight`, or, where `frozen` is False, let them learn or follow it again."""
         self.frozen = frozen
+        if self.rule == "max" and not self.learned:
+            self.step = self._steps(self._blocks(wide(weight.detach()))) if frozen else None
 
     def current_step(self, blocks: torch.Tensor) -> torch.Tensor:
         """Return the step that `blocks` are rounded by now, above zero, and for groups as float16 holds it."""
@@ -116,13 +119,15 @@ class WeightRounding(torch.nn.Module):
         """
         blocks = self._blocks(wide(weight))
         if not self.symmetric:
-            with torch.no_grad():
-                least, largest = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
-                minimum = least.half().float()
-                step = ((largest - least) / 15).half().float().clamp_min(2.0**-24)
-            return qat_rounding.round_to_steps(blocks - minimum, step, 0, 15, self.delta), step, minimum
-        step = self.current_step(blocks)
-        return qat_rounding.round_to_steps(blocks, step, self.low, self.high, self.delta), step, None
+            step, minimum = _step_and_minimum(blocks.detach())
+            integers = qat_rounding.round_to_steps(blocks - minimum, step, 0, 15, self.delta)
+        else:
+            minimum = None
+            step = self.current_step(blocks)
+            integers = qat_rounding.round_to_steps(blocks, step, self.low, self.high, self.delta)
+        if self.recorded is not None:
+            self.recorded.append(integers)
+        return integers, step, minimum
 
     def forward(self, weight: torch.Tensor) -> Rounded:
         """Round `weight`: integers [N, ...] and steps [N, 1, ...] of channels, or the rounded weight of groups."""
@@ -133,6 +138,14 @@ class WeightRounding(torch.nn.Module):
             return Rounded(integers, step)
         rounded = integers * step if minimum is None else integers * step + minimum
         return Rounded(rounded.flatten(1)[:, : weight.shape[1]], None)
+
+
+def _step_and_minimum(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step and least value of groups whose zero is a level but not in the middle, both as float16 holds them."""
+    least, largest = blocks.amin(-1, keepdim=True).clamp_max(0), blocks.amax(-1, keepdim=True).clamp_min(0)
+    step = ((largest - least) / 15).half().float().clamp_min(2.0**-24)
+    levels_below = (-least / step).round().clamp(0, 15)
+    return step, (-levels_below * step).half().float()
 
 
 def _as_half(step: torch.Tensor) -> torch.Tensor:
@@ -167,6 +180,7 @@ class InputRounding(torch.nn.Module):
         self.enabled = True
         self.frozen = False
         self.observing = False
+        self.recorded: list[torch.Tensor] | None = None
         self._seen: list[torch.Tensor] = []
         if self.mode == "static":
             step = torch.ones((), device=like.device)
@@ -265,13 +279,20 @@ class InputRounding(torch.nn.Module):
                 self.observe(x)
                 self.finish()
             step = self.current_step(x_wide[0].numel())
-            return Rounded(qat_rounding.round_to_steps(x_wide, step, *self.range, self.delta), step)
+            return Rounded(self._round(x_wide, step, *self.range), step)
         if self.grouped:
             return Rounded(self._by_groups(x_wide).to(x.dtype), None)
         low, high = self.range
         dims = tuple(range(1, x.dim())) if self.by_sample else (-1,)
         step = dynamic_step(x_wide, dims, high)
-        return Rounded(qat_rounding.round_to_steps(x_wide, step, low, high, self.delta), step)
+        return Rounded(self._round(x_wide, step, low, high), step)
+
+    def _round(self, x: torch.Tensor, step: torch.Tensor, low: int, high: int) -> torch.Tensor:
+        """Round to integers, which are kept where somebody asked for them."""
+        integers = qat_rounding.round_to_steps(x, step, low, high, self.delta)
+        if self.recorded is not None:
+            self.recorded.append(integers)
+        return integers
 
     def _by_groups(self, x: torch.Tensor) -> torch.Tensor:
         """Round by groups of 32 while training; afterwards as the kernels do, which depends on the number of rows."""
@@ -281,7 +302,7 @@ class InputRounding(torch.nn.Module):
         groups = torch.nn.functional.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
         low, high = self.range
         step = dynamic_step(groups, (-1,), high)
-        rounded = qat_rounding.round_to_steps(groups, step, low, high, self.delta) * step
+        rounded = self._round(groups, step, low, high) * step
         return rounded.flatten(-2)[..., : x.shape[-1]]
 
 

@@ -123,8 +123,8 @@ def freeze_ranges(module: torch.nn.Module, *, frozen: bool = True) -> None:
         frozen: False lets them learn again.
     """
     for _, layer in rounding_layers(module):
-        for part in (layer.weight_rounding, layer.input_rounding):
-            part.freeze(frozen)
+        layer.weight_rounding.freeze(frozen, layer.rounded_weight())
+        layer.input_rounding.freeze(frozen)
 
 
 def freeze_batch_norm(module: torch.nn.Module, *, frozen: bool = True) -> None:

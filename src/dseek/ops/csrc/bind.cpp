@@ -129,6 +129,7 @@ NB_MODULE(_native, module) {
     module.def("unpack", &unpack, "blob"_a);
     module.def("linear", &linear, "x"_a, "blob"_a);
     module.def("rms_norm", &norm, "x"_a, "weight"_a, "epsilon"_a);
+    bind_integer_conv(module);
     bind_attention(module);
     bind_measurements(module);
     bind_decoder(module);
