@@ -1,13 +1,13 @@
-// AVX2 with FMA and F16C: the portable source compiled for 32-byte registers, with a byte dot product of its own.
+// AVX2 with FMA and F16C: linear layers of its own, the rest from the portable source compiled for 32-byte registers.
 #define DSEEK_VARIANT avx2
 #include "../common/attention_portable.h"
 #include "../common/cells_portable.h"
 #include "../common/integer_conv.h"
-#include "../common/linear_portable.h"
 #include "../common/narrow.h"
 #include "../common/open_cells.h"
 #include "../common/pack.h"
 #include "../common/rows.h"
+#include "linear.h"
 
 namespace dseek {
 
@@ -19,7 +19,7 @@ const KernelTable& avx2_kernels() {
         .rotary = rotary,
         .prepare_row = prepare_row,
         .row_kind = row_kind_portable,
-        .linear = linear_portable,
+        .linear = linear_avx2,
         .store_tokens = store_tokens,
         .store_page = store_page,
         .widen = widen,

@@ -64,27 +64,38 @@ inline void store_tokens(const CacheLayout& layout, uint8_t* page, int slot, int
     }
 }
 
+// The two bf16 or int8 elements of sixteen neighbouring pairs, as floats.
+inline void load_pairs(const CacheLayout& layout, const uint8_t* data, size_t pair, f32x16& even, f32x16& odd) {
+    if (layout.type == CacheType::bf16) {
+        load_bf16_pairs(reinterpret_cast<const uint16_t*>(data) + 2 * pair, even, odd);
+        return;
+    }
+    const i32x16 both = load_int16(data + 2 * pair);
+    even = to_float((both << 24) >> 24);
+    odd = to_float(both >> 8);
+}
+
 // Keys as [d][64], values as [64][d], both fp32.
 inline void widen_page(const CacheLayout& layout, const uint8_t* page, float* keys, float* values) {
     const int d = layout.head_dim;
-    const bool is_int8 = layout.type == CacheType::int8;
+    const bool scaled = layout.type == CacheType::int8;
     const auto* scales = reinterpret_cast<const float*>(page + layout.scale_offset);
-    const auto* keys16 = reinterpret_cast<const uint16_t*>(page);
-    const auto* values16 = reinterpret_cast<const uint16_t*>(page + layout.value_offset);
-    const auto* keys8 = reinterpret_cast<const int8_t*>(page);
-    const auto* values8 = reinterpret_cast<const int8_t*>(page + layout.value_offset);
-    for (int i = 0; i < d; ++i) {
-        for (int slot = 0; slot < kPageTokens; ++slot) {
-            const size_t at = (static_cast<size_t>(i / 2) * kPageTokens + slot) * 2 + i % 2;
-            keys[static_cast<size_t>(i) * kPageTokens + slot] =
-                is_int8 ? static_cast<float>(keys8[at]) * scales[slot] : bf16_to_float(keys16[at]);
+    f32x16 even, odd;
+    for (int i = 0; i < d; i += 2) {
+        for (int slot = 0; slot < kPageTokens; slot += 16) {
+            load_pairs(layout, page, static_cast<size_t>(i / 2) * kPageTokens + slot, even, odd);
+            const f32x16 scale = scaled ? load(scales + slot) : splat(1.f);
+            store(keys + static_cast<size_t>(i) * kPageTokens + slot, even * scale);
+            store(keys + static_cast<size_t>(i + 1) * kPageTokens + slot, odd * scale);
         }
     }
-    for (int slot = 0; slot < kPageTokens; ++slot) {
-        for (int i = 0; i < d; ++i) {
-            const size_t at = (static_cast<size_t>(slot / 2) * d + i) * 2 + slot % 2;
-            values[static_cast<size_t>(slot) * d + i] =
-                is_int8 ? static_cast<float>(values8[at]) * scales[kPageTokens + slot] : bf16_to_float(values16[at]);
+    for (int slot = 0; slot < kPageTokens; slot += 2) {
+        const float first = scaled ? scales[kPageTokens + slot] : 1.f;
+        const float second = scaled ? scales[kPageTokens + slot + 1] : 1.f;
+        for (int i = 0; i < d; i += 16) {
+            load_pairs(layout, page + layout.value_offset, static_cast<size_t>(slot / 2) * d + i, even, odd);
+            store(values + static_cast<size_t>(slot) * d + i, even * first);
+            store(values + static_cast<size_t>(slot + 1) * d + i, odd * second);
         }
     }
 }
@@ -116,52 +127,123 @@ private:
 
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 
-// Scores of one query against the 64 keys of a page, times `factor`.
-inline void page_scores(const float* query, const float* keys, int d, float factor, f32x16* scores) {
-    for (int part = 0; part < 4; ++part) scores[part] = f32x16{};
-    for (int i = 0; i < d; ++i) {
-        for (int part = 0; part < 4; ++part) scores[part] += load(keys + i * kPageTokens + part * 16) * query[i];
+// c[r][0..16) = or += sum over i of a[r][i] * b[i][0..16), for a few rows that fit the registers.
+template <int kRows>
+inline void multiply_rows(const float* a, size_t a_stride, const float* b, size_t b_stride, int k, float* c,
+                          size_t c_stride, bool add) {
+    f32x16 sums[kRows] = {};
+    if (add) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) sums[r] = load(c + r * c_stride);
     }
-    for (int part = 0; part < 4; ++part) scores[part] *= factor;
+    for (int i = 0; i < k; ++i) {
+        const f32x16 value = load(b + static_cast<size_t>(i) * b_stride);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) sums[r] += value * a[r * a_stride + i];
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) store(c + r * c_stride, sums[r]);
 }
 
-// Minus infinity for positions that a query may not see.
-inline void hide_positions(f32x16* scores, int oldest, int newest, int first) {
-    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int part = 0; part < 4; ++part) {
-        const i32x16 position = lanes + (first + part * 16);
-        scores[part] = position > newest ? splat(kNegativeInfinity) : scores[part];
-        scores[part] = position < oldest ? splat(kNegativeInfinity) : scores[part];
+#if defined(__AVX2__)
+constexpr int kRowsAtOnce = 6;
+#else
+constexpr int kRowsAtOnce = 2;
+#endif
+
+// `take.run<rows>(first)` for [begin, end) in as few steps as may be.
+template <class Take>
+void for_row_groups(int begin, int end, const Take& take) {
+    int row = begin;
+    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) take.template run<kRowsAtOnce>(row);
+    if constexpr (kRowsAtOnce > 3) {
+        for (; row + 3 <= end; row += 3) take.template run<3>(row);
+    }
+    for (; row < end; ++row) take.template run<1>(row);
+}
+
+// Minus infinity for positions that a query may not see; `scores` are those of a page that begins at `first`.
+inline void hide_positions(float* scores, int oldest, int newest, int first) {
+    alignas(64) static constexpr int32_t kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int part = 0; part < kPageTokens; part += 16) {
+        const i32x16 position = load(kLaneNumbers) + (first + part);
+        const f32x16 seen = select(position > newest, splat(kNegativeInfinity), load(scores + part));
+        store(scores + part, select(position < oldest, splat(kNegativeInfinity), seen));
     }
 }
 
-// What one row and head has seen so far: a running maximum, a sum and an output that is not normalised.
+// What one row and head has seen so far: a running maximum and a sum; its output is not normalised.
 struct RowState {
-    float* largest;
-    float* total;
-    float* out;  // [d]
+    float largest = kNegativeInfinity;
+    float total = 0.f;
 
-    // Takes in the scores of a page; only the first `num_keys` may count.
-    void add(const f32x16* scores, const float* values, int num_keys, int d) const {
-        const f32x16 peak = max(max(scores[0], scores[1]), max(scores[2], scores[3]));
-        float new_largest = *largest;
-        for (int lane = 0; lane < 16; ++lane) new_largest = std::max(new_largest, peak[lane]);
-        const float correction = *largest == kNegativeInfinity ? 0.f : std::exp2(*largest - new_largest);
-        *largest = new_largest;
-        float weights[kPageTokens];
-        f32x16 page_sum{};
-        for (int part = 0; part < 4; ++part) {
-            const f32x16 weight = exp2(scores[part] - new_largest);
-            store(weights + part * 16, weight);
-            page_sum += weight;
+    // Turns the scores of a page into weights, in place, and scales `out` [d] for a larger maximum.
+    void soften(float* scores, float* out, int d) {
+        f32x16 part[4];
+        for (int v = 0; v < 4; ++v) part[v] = load(scores + v * 16);
+        const float peak = largest_lane(max(max(part[0], part[1]), max(part[2], part[3])));
+        if (peak > largest) {
+            const float correction = largest == kNegativeInfinity ? 0.f : std::exp2(largest - peak);
+            for (int i = 0; i < d; i += 16) store(out + i, load(out + i) * correction);
+            total *= correction;
+            largest = peak;
         }
-        *total = *total * correction + sum(page_sum);
-        for (int i = 0; i < d; i += 16) {
-            f32x16 acc = load(out + i) * correction;
-            for (int key = 0; key < num_keys; ++key) {
-                acc += load(values + static_cast<size_t>(key) * d + i) * weights[key];
+        // Before anything was seen every weight is nothing, not the exponential of a difference of infinities.
+        const float base = largest == kNegativeInfinity ? 0.f : largest;
+        f32x16 sums{};
+        for (int v = 0; v < 4; ++v) {
+            const f32x16 weight = exp2(part[v] - base);
+            store(scores + v * 16, weight);
+            sums += weight;
+        }
+        total += sum(sums);
+    }
+};
+
+// Rows that share their keys and values: those of a head, or the heads of a single row.
+struct RowGroup {
+    const AttentionCall& call;
+    const float* query;
+    size_t query_stride;
+    float* out;
+    size_t out_stride;
+    RowState* states;
+    const float *keys, *values;  // of the open page
+    float factor;
+    int num_keys;  // the first that may count
+    int first_key;  // position of the page's first key; negative: a page of far cells, whose `bias` is [64]
+    int first_position;  // of row 0
+    int position_step;   // 1, or 0 where all rows are of one position
+    const float* bias;
+    size_t bias_stride;
+
+    template <int kRows>
+    void run(int row) const {
+        const int d = call.layout->head_dim;
+        alignas(64) float scores[kRows * kPageTokens];
+        for (int part = 0; part < kPageTokens; part += 16) {
+            multiply_rows<kRows>(query + row * query_stride, query_stride, keys + part, kPageTokens, d, scores + part,
+                                 kPageTokens, false);
+        }
+        float* target = out + row * out_stride;
+        for (int r = 0; r < kRows; ++r) {
+            float* of_row = scores + r * kPageTokens;
+            for (int part = 0; part < kPageTokens; part += 16) {
+                f32x16 score = load(of_row + part);
+                if (bias != nullptr) score += load(bias + (row + r) * bias_stride + part);
+                store(of_row + part, score * factor);
             }
-            store(out + i, acc);
+            if (first_key >= 0) {
+                const int newest = first_position + (row + r) * position_step;
+                const int oldest = call.window > 0 ? newest - call.window + 1 : 0;
+                if (newest < first_key + kPageTokens - 1 || oldest > first_key) {
+                    hide_positions(of_row, oldest, newest, first_key);
+                }
+            }
+            states[row + r].soften(of_row, target + r * out_stride, d);
+        }
+        for (int i = 0; i < d; i += 16) {
+            multiply_rows<kRows>(scores, kPageTokens, values + i, d, num_keys, target + i, out_stride, true);
         }
     }
 };
@@ -169,72 +251,90 @@ struct RowState {
 inline void attention_portable(const AttentionCall& call) {
     const CacheLayout& layout = *call.layout;
     const int d = layout.head_dim;
-    const int states = call.num_rows * call.num_heads;
+    const int num_states = call.num_rows * call.num_heads;
     const size_t page_floats = static_cast<size_t>(d) * kPageTokens;
-    const float factor = call.scale * kLog2E;
     thread_local Scratch room;
-    auto* wide_keys = reinterpret_cast<float*>(room.get((2 * page_floats + static_cast<size_t>(states) * 2) * 4));
+    auto* wide_keys = reinterpret_cast<float*>(
+        room.get(2 * page_floats * sizeof(float) + static_cast<size_t>(num_states) * sizeof(RowState)));
     float* wide_values = wide_keys + page_floats;
-    float* largest = wide_values + page_floats;
-    float* total = largest + states;
-    std::fill(largest, largest + states, kNegativeInfinity);
-    std::fill(total, total + states, 0.f);
+    auto* states = reinterpret_cast<RowState*>(wide_values + page_floats);
+    std::fill(states, states + num_states, RowState{});
     for (int row = 0; row < call.num_rows; ++row) {
         std::memset(call.out + row * call.out_stride, 0, static_cast<size_t>(call.num_heads) * d * 4);
     }
-    const float *keys = nullptr, *values = nullptr;
+    RowGroup group{.call = call,
+                   .query = nullptr,
+                   .query_stride = 0,
+                   .out = nullptr,
+                   .out_stride = 0,
+                   .states = nullptr,
+                   .keys = nullptr,
+                   .values = nullptr,
+                   .factor = call.scale * kLog2E,
+                   .num_keys = 0,
+                   .first_key = -1,
+                   .first_position = call.first_position,
+                   .position_step = 1,
+                   .bias = nullptr,
+                   .bias_stride = 0};
     const auto open_page = [&](const CacheLayout& its_layout, const uint8_t* page) {
-        keys = reinterpret_cast<const float*>(page);
-        values = reinterpret_cast<const float*>(page + its_layout.value_offset);
+        group.keys = reinterpret_cast<const float*>(page);
+        group.values = reinterpret_cast<const float*>(page + its_layout.value_offset);
         if (its_layout.type == CacheType::fp32) return;
         widen_page(its_layout, page, wide_keys, wide_values);
-        keys = wide_keys;
-        values = wide_values;
+        group.keys = wide_keys;
+        group.values = wide_values;
     };
-    // `take(row, head, scores, state)` gets the scores of every row and head with the open page.
-    const auto for_each_row = [&](int first_row, const auto& take) {
-        for (int row = first_row; row < call.num_rows; ++row) {
-            for (int head = 0; head < call.num_heads; ++head) {
-                const size_t at = static_cast<size_t>(head) * d;
-                const int index = row * call.num_heads + head;
-                f32x16 scores[4];
-                page_scores(call.query + row * call.query_stride + at, keys, d, factor, scores);
-                take(row, head, scores,
-                     RowState{largest + index, total + index, call.out + row * call.out_stride + at});
-            }
+    // The open page for rows [begin, end) of every head. States lie head by head.
+    const auto attend = [&](int begin, int end, const float* bias, size_t bias_of_head) {
+        const size_t dim = static_cast<size_t>(d);
+        if (call.num_rows == 1) {
+            group.query = call.query, group.query_stride = dim;
+            group.out = call.out, group.out_stride = dim;
+            group.states = states, group.position_step = 0;
+            group.bias = bias, group.bias_stride = bias_of_head;
+            if (begin < end) for_row_groups(0, call.num_heads, group);
+            return;
+        }
+        for (int head = 0; head < call.num_heads; ++head) {
+            group.query = call.query + head * dim, group.query_stride = call.query_stride;
+            group.out = call.out + head * dim, group.out_stride = call.out_stride;
+            group.states = states + static_cast<size_t>(head) * call.num_rows;
+            group.bias = bias == nullptr ? nullptr : bias + head * bias_of_head;
+            for_row_groups(begin, end, group);
         }
     };
     const VisibleBlocks visible(call);
     for (int entry = visible.first(); entry < visible.end(); ++entry) {
-        open_page(layout, visible.page(entry));
         const int first = visible.block(entry) * kPageTokens;
-        for_each_row(std::max(visible.from_row(entry), first - call.first_position),
-                     [&](int row, int, f32x16* scores, const RowState& state) {
-                         const int newest = call.first_position + row;
-                         const int oldest = call.window > 0 ? newest - call.window + 1 : 0;
-                         if (oldest >= first + kPageTokens) return;
-                         hide_positions(scores, oldest, newest, first);
-                         state.add(scores, values, std::min(kPageTokens, newest - first + 1), d);
-                     });
+        const int begin = std::max({0, visible.from_row(entry), first - call.first_position});
+        int end = call.num_rows;  // later rows have the whole page behind their window
+        if (call.window > 0) end = std::min(end, first + kPageTokens - 1 + call.window - call.first_position);
+        if (begin >= end) continue;
+        open_page(layout, visible.page(entry));
+        group.first_key = first;
+        group.num_keys = std::min(kPageTokens, call.first_position + end - first);
+        attend(begin, end, nullptr, 0);
     }
-    for (int far_page = 0; far_page < call.far.num_pages(); ++far_page) {
+    const int far_pages = call.far.num_pages();
+    group.first_key = -1;
+    for (int far_page = 0; far_page < far_pages; ++far_page) {
         open_page(*call.far.layout, call.far.pages + far_page * call.far.layout->head_bytes);
-        const int begin = far_page * kPageTokens;
-        for_each_row(0, [&](int, int head, f32x16* scores, const RowState& state) {
-            const float* bias = call.far.bias + head * call.far.num_pages() * kPageTokens + begin;
-            for (int part = 0; part < 4; ++part) scores[part] += load(bias + part * 16) * factor;
-            state.add(scores, values, std::min(kPageTokens, call.far.count - begin), d);
-        });
+        const int first = far_page * kPageTokens;
+        group.num_keys = std::min(kPageTokens, call.far.count - first);
+        attend(0, call.num_rows, call.far.bias + first, static_cast<size_t>(far_pages) * kPageTokens);
     }
     if (call.partial_max != nullptr) {
-        std::copy(largest, largest + states, call.partial_max);
-        std::copy(total, total + states, call.partial_sum);
+        for (int i = 0; i < num_states; ++i) {
+            call.partial_max[i] = states[i].largest;
+            call.partial_sum[i] = states[i].total;
+        }
         return;
     }
     for (int row = 0; row < call.num_rows; ++row) {
         for (int head = 0; head < call.num_heads; ++head) {
             float* out = call.out + row * call.out_stride + static_cast<size_t>(head) * d;
-            const float inverse = 1.f / total[row * call.num_heads + head];
+            const float inverse = 1.f / states[static_cast<size_t>(head) * call.num_rows + row].total;
             for (int i = 0; i < d; i += 16) store(out + i, load(out + i) * inverse);
         }
     }

@@ -8,19 +8,6 @@
 namespace dseek {
 namespace DSEEK_VARIANT {
 
-// The two bf16 or int8 elements of sixteen neighbouring pairs, as floats.
-inline void load_pairs(const CacheLayout& layout, const uint8_t* data, size_t pair, f32x16& even, f32x16& odd) {
-    if (layout.type == CacheType::bf16) {
-        load_bf16_pairs(reinterpret_cast<const uint16_t*>(data) + 2 * pair, even, odd);
-        return;
-    }
-    const auto* bytes = reinterpret_cast<const int8_t*>(data) + 2 * pair;
-    for (int lane = 0; lane < 16; ++lane) {
-        even[lane] = static_cast<float>(bytes[2 * lane]);
-        odd[lane] = static_cast<float>(bytes[2 * lane + 1]);
-    }
-}
-
 inline void page_means(const CacheLayout& layout, const uint8_t* page, float* key, float* value) {
     constexpr float kShare = 1.f / kPageTokens;
     const int d = layout.head_dim;
@@ -85,16 +72,11 @@ inline void page_statistics(const CacheLayout& layout, const uint8_t* page, cons
         f32x16 largest = values[0], least = values[0], total = values[0];
         for (int part = 1; part < 4; ++part) {
             largest = max(largest, values[part]);
-            least = values[part] < least ? values[part] : least;
+            least = min(least, values[part]);
             total += values[part];
         }
-        float top = largest[0], bottom = least[0];
-        for (int lane = 1; lane < 16; ++lane) {
-            top = largest[lane] > top ? largest[lane] : top;
-            bottom = least[lane] < bottom ? least[lane] : bottom;
-        }
-        statistics[i] = top * scale;
-        statistics[d + i] = bottom * scale;
+        statistics[i] = largest_lane(largest) * scale;
+        statistics[d + i] = -largest_lane(-least) * scale;
         statistics[2 * d + i] = sum(total) * (scale / kPageTokens);
     };
     for (int i = 0; i < half; ++i) {

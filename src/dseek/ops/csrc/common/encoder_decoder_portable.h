@@ -45,6 +45,8 @@ inline void activate(Activation activation, float* x, int size) {
     }
 }
 
+constexpr float kLaneNumbers[kKeyBlock] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 // Source: Vaswani et al. 2017, Attention Is All You Need, equation 1.
 inline void attend(const float* query, const float* keys, const float* values, int count, int head_dim, float scale,
                    float* scores, float* out) {
@@ -57,12 +59,14 @@ inline void attend(const float* query, const float* keys, const float* values, i
             for (int part = 0; part < 4; ++part) parts[part] += load(key + (i + part) * kKeyBlock) * query[i + part];
         }
         f32x16 score = ((parts[0] + parts[1]) + (parts[2] + parts[3])) * (scale * kLog2E);
-        for (int lane = count - block * kKeyBlock; lane < kKeyBlock; ++lane) score[lane] = -1e30f;
+        if (count - block * kKeyBlock < kKeyBlock) {
+            const f32x16 place = load(kLaneNumbers);
+            score = select(place < static_cast<float>(count - block * kKeyBlock), score, splat(-1e30f));
+        }
         largest = max(largest, score);
         store(scores + block * kKeyBlock, score);
     }
-    float most = largest[0];
-    for (int lane = 1; lane < 16; ++lane) most = std::max(most, largest[lane]);
+    const float most = largest_lane(largest);
     f32x16 totals{};
     for (int block = 0; block < num_blocks; ++block) {
         const f32x16 weight = exp2(load(scores + block * kKeyBlock) - most);
@@ -92,8 +96,7 @@ inline void store_key_value(const float* key, const float* value, int position, 
 inline void largest(const float* values, int count, int first, float* best, int32_t* index) {
     f32x16 most = splat(*best);
     for (int i = 0; i < count; i += 16) most = max(most, load(values + i));
-    float found = most[0];
-    for (int lane = 1; lane < 16; ++lane) found = std::max(found, most[lane]);
+    const float found = largest_lane(most);
     if (!(found > *best)) return;
     for (int i = 0; i < count; ++i) {
         if (values[i] == found) {

@@ -10,8 +10,13 @@
 namespace dseek {
 namespace DSEEK_VARIANT {
 
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
+// Sixteen bytes, widened.
+template <class T>
+inline i32x16 load_bytes(const T* source) {
+    int32_t values[16];
+    for (int lane = 0; lane < 16; ++lane) values[lane] = source[lane];
+    return load(values);
+}
 
 inline float largest_of_run(const float* x, size_t count) {
     f32x16 largest{};
@@ -20,8 +25,7 @@ inline float largest_of_run(const float* x, size_t count) {
         const f32x16 value = load(x + i);
         largest = max(largest, max(value, -value));
     }
-    float result = 0.f;
-    for (int lane = 0; lane < 16; ++lane) result = std::max(result, largest[lane]);
+    float result = largest_lane(largest);
     for (; i < count; ++i) result = std::max(result, std::fabs(x[i]));
     return result;
 }
@@ -32,21 +36,20 @@ inline void round_run(const float* x, size_t count, const RoundingRange& range, 
     const f32x16 high = splat(static_cast<float>(range.high));
     const f32x16 magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an even integer in the low mantissa bits
     const int32_t offset = 128 - range.zero;
-    const auto rounded = [&](f32x16 value) {
-        f32x16 scaled = max(value / step, low);
-        scaled = scaled < high ? scaled : high;
-        return __builtin_convertvector((scaled + magic) - magic, i32x16) + offset;
+    const auto rounded = [&](f32x16 value, uint8_t* bytes) {
+        const f32x16 scaled = min(max(value / step, low), high);
+        int32_t values[16];
+        store(values, to_int((scaled + magic) - magic) + offset);
+        for (int lane = 0; lane < 16; ++lane) bytes[lane] = static_cast<uint8_t>(values[lane]);
     };
     size_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        const u8x16 bytes = __builtin_convertvector(rounded(load(x + i)), u8x16);
-        std::memcpy(out + i, &bytes, sizeof bytes);
-    }
+    for (; i + 16 <= count; i += 16) { rounded(load(x + i), out + i); }
     if (i < count) {
         float rest[16] = {};
+        uint8_t bytes[16];
         std::copy(x + i, x + count, rest);
-        const u8x16 bytes = __builtin_convertvector(rounded(load(rest)), u8x16);
-        std::memcpy(out + i, &bytes, count - i);
+        rounded(load(rest), bytes);
+        std::memcpy(out + i, bytes, count - i);
     }
 }
 
@@ -54,27 +57,26 @@ inline void round_run(const float* x, size_t count, const RoundingRange& range, 
 template <int kPixels>
 inline void depthwise_block(const DepthwiseCall& call, int pixel, int channel) {
     i32x16 acc[kPixels];
-    i32x16 start;
-    std::memcpy(&start, call.start + channel, sizeof start);
+    const i32x16 start = load(call.start + channel);
     for (int p = 0; p < kPixels; ++p) acc[p] = start;
     const uint8_t* image = call.image + static_cast<size_t>(pixel) * call.pixel_stride + channel;
     for (int tap = 0; tap < call.taps; ++tap) {
-        i8x16 packed;
-        std::memcpy(&packed, call.weight + static_cast<size_t>(tap) * call.channels_padded + channel, sizeof packed);
-        const i32x16 weight = __builtin_convertvector(packed, i32x16);
+        const i32x16 weight = load_bytes(call.weight + static_cast<size_t>(tap) * call.channels_padded + channel);
         for (int p = 0; p < kPixels; ++p) {
-            u8x16 inputs;
-            std::memcpy(&inputs, image + p * call.pixel_stride + call.offsets[tap], sizeof inputs);
-            acc[p] += __builtin_convertvector(inputs, i32x16) * weight;
+            acc[p] += load_bytes(image + p * call.pixel_stride + call.offsets[tap]) * weight;
         }
     }
     const f32x16 scale = load(call.scale + channel) * call.step, bias = load(call.bias + channel);
     const int count = std::min(16, call.channels - channel);
     for (int p = 0; p < kPixels; ++p) {
-        const f32x16 value = __builtin_convertvector(acc[p], f32x16) * scale + bias;
+        const f32x16 value = to_float(acc[p]) * scale + bias;
         float* out = call.out + static_cast<size_t>(pixel + p) * call.channels + channel;
         if (count == 16) store(out, value);
-        else std::memcpy(out, &value, static_cast<size_t>(count) * sizeof(float));
+        else {
+            float rest[16];
+            store(rest, value);
+            std::copy(rest, rest + count, out);
+        }
     }
 }
 

@@ -10,10 +10,6 @@
 #include "scratch.h"
 #include "vec.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 namespace dseek {
 namespace DSEEK_VARIANT {
 
@@ -45,6 +41,29 @@ inline void finish_row(const LinearCall& call, int row, int panel, int panels, f
             }
             return;
     }
+}
+
+// What a tile of rows x panels has summed.
+template <int kRows, int kPanels>
+struct TileSums {
+    f32x16 of[kRows][kPanels];
+};
+
+// The sums as values: sums that are read in a loop that is not unrolled stay in memory all the time.
+template <int kRows, int kPanels>
+[[gnu::always_inline]] inline TileSums<kRows, kPanels> copied(const f32x16 (&sums)[kRows][kPanels]) {
+    TileSums<kRows, kPanels> values;
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) values.of[r][p] = sums[r][p];
+    }
+    return values;
+}
+
+template <int kRows, int kPanels>
+inline void finish_rows(const LinearCall& call, int row, int panel, TileSums<kRows, kPanels> sums) {
+    for (int r = 0; r < kRows; ++r) finish_row(call, row + r, panel, kPanels, sums.of[r]);
 }
 
 // Calls tile(row, panel) for tiles of at most kTileRows x kTilePanels; Tile::run<rows, panels>.
@@ -94,7 +113,7 @@ struct FloatTile {
                 for (int p = 0; p < kPanels; ++p) acc[r][p] += value[p] * x[r][i];
             }
         }
-        for (int r = 0; r < kRows; ++r) finish_row(call, row + r, panel, kPanels, acc[r]);
+        finish_rows(call, row, panel, copied(acc));
     }
 };
 
@@ -120,34 +139,19 @@ struct Bf16Tile {
                 }
             }
         }
-        for (int r = 0; r < kRows; ++r) finish_row(call, row + r, panel, kPanels, acc[r]);
+        finish_rows(call, row, panel, copied(acc));
     }
 };
 
-// acc[lane] += sum of four products of signed bytes; `inputs` are four values shared by all lanes. No input may be
-// -128: AVX2 multiplies |weight| by the signed input, and 2 * 128 * 127 just fits its 16-bit sums.
+// acc[lane] += sum of four products of signed bytes; `inputs` are four values shared by all lanes.
 inline i32x16 dot4(i32x16 acc, int32_t inputs, const int8_t* weights) {
-#if defined(__AVX2__)
-    const __m256i x = _mm256_set1_epi32(inputs);
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i parts[2];
-    std::memcpy(parts, &acc, sizeof parts);
-    for (int half = 0; half < 2; ++half) {
-        const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + half * 32));
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-        parts[half] = _mm256_add_epi32(parts[half], _mm256_madd_epi16(pairs, ones));
-    }
-    std::memcpy(&acc, parts, sizeof parts);
-    return acc;
-#else
     const auto* x = reinterpret_cast<const int8_t*>(&inputs);
+    int32_t totals[16];
     for (int lane = 0; lane < 16; ++lane) {
-        int total = 0;
-        for (int i = 0; i < 4; ++i) total += x[i] * weights[lane * 4 + i];
-        acc[lane] += total;
+        totals[lane] = 0;
+        for (int i = 0; i < 4; ++i) totals[lane] += x[i] * weights[lane * 4 + i];
     }
-    return acc;
-#endif
+    return acc + load(totals);
 }
 
 // i8c weights with token_u8 rows, i8p weights with plain_u8 rows.
@@ -172,7 +176,7 @@ struct ChannelTile {
         for (int r = 0; r < kRows; ++r) {
             f32x16 product[kPanels];
             for (int p = 0; p < kPanels; ++p) {
-                product[p] = __builtin_convertvector(acc[r][p], f32x16) *
+                product[p] = to_float(acc[r][p]) *
                              (load(weight.channel_scale() + (panel + p) * kPanel) * call.rows->scale[row + r]);
             }
             finish_row(call, row + r, panel, kPanels, product);
@@ -222,7 +226,7 @@ inline void linear_groups(const LinearCall& call) {
                             product = dot4(product, inputs, values + step * 64);
                         }
                         const size_t at = static_cast<size_t>(row + r) * groups + group;
-                        acc[r][p] += __builtin_convertvector(product, f32x16) * scale * call.rows->group_scale[at];
+                        acc[r][p] += to_float(product) * scale * call.rows->group_scale[at];
                         acc[r][p] += minimum * call.rows->group_sum[at];
                     }
                 }
@@ -241,12 +245,11 @@ inline void widen_panel(const Linear& weight, int panel, uint16_t* out) {
         const f32x16 minimum =
             weight.format == Format::i4g ? load_half(weight.group_min(panel) + group * kPanel) : f32x16{};
         for (int step = 0; step < 8; ++step) {
-            for (int lane = 0; lane < 16; ++lane) {
-                for (int i = 0; i < 4; ++i) {
-                    const float value =
-                        static_cast<float>(values[step * 64 + lane * 4 + i]) * scale[lane] + minimum[lane];
-                    out[((group * 16 + step * 2 + i / 2) * 16 + lane) * 2 + i % 2] = float_to_bf16(value);
-                }
+            const auto bytes = load_as<i32x16>(values + step * 64);  // four neighbouring inputs a lane
+            const auto rounded = [&](int left) { return bf16_bits(to_float((bytes << left) >> 24) * scale + minimum); };
+            for (int pair = 0; pair < 2; ++pair) {
+                const u32x16 both = (rounded(24 - 16 * pair) >> 16) ^ (rounded(16 - 16 * pair) & 0xffff0000u);
+                store_as(out + (group * 16 + step * 2 + pair) * 32, both);
             }
         }
     }

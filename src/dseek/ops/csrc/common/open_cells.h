@@ -27,30 +27,16 @@ inline void pack_cells(const float* const* cells, int count, int dim, bool, void
 inline void score_strip(const float* query, int dim, bool, const void* pages, int num_pages, float* scores) {
     const auto* keys = static_cast<const float*>(pages);
     for (int page = 0; page < num_pages; ++page) {
-        for (int row = 0; row < kStripRows; ++row) {
-            f32x16 part[4];
-            page_scores(query + row * dim, keys + static_cast<size_t>(page) * dim * kPageTokens, dim, 1.f, part);
-            for (int v = 0; v < 4; ++v) {
-                store(scores + (page * kStripRows + row) * static_cast<size_t>(kPageTokens) + v * 16, part[v]);
+        const float* cells = keys + static_cast<size_t>(page) * dim * kPageTokens;
+        float* target = scores + static_cast<size_t>(page) * kStripRows * kPageTokens;
+        for (int part = 0; part < kPageTokens; part += 16) {
+            static_assert(kStripRows % 4 == 0);
+            for (int row = 0; row < kStripRows; row += 4) {
+                multiply_rows<4>(query + row * dim, dim, cells + part, kPageTokens, dim,
+                                 target + row * kPageTokens + part, kPageTokens, false);
             }
         }
     }
-}
-
-inline i32x16 load(const int32_t* source) {
-    i32x16 value;
-    std::memcpy(&value, source, sizeof value);
-    return value;
-}
-
-inline float largest_lane(f32x16 value) {
-#if defined(__AVX512F__)
-    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(value));
-#else
-    float largest = value[0];
-    for (int lane = 1; lane < 16; ++lane) largest = value[lane] > largest ? value[lane] : largest;
-    return largest;
-#endif
 }
 
 inline float sum_of_lanes(f32x16 value) {
@@ -61,19 +47,6 @@ inline float sum_of_lanes(f32x16 value) {
 #endif
 }
 
-// Whether any lane of a comparison holds.
-inline bool any_lane(i32x16 value) {
-#if defined(__AVX512F__)
-    const auto bits = reinterpret_cast<__m512i>(value);
-    return _mm512_test_epi32_mask(bits, bits) != 0;
-#else
-    int64_t parts[8], any = 0;
-    std::memcpy(parts, &value, sizeof parts);
-    for (const int64_t part : parts) any |= part;
-    return any != 0;
-#endif
-}
-
 // Base-2 logarithm of the sum of 2^score over the cells that `counts(v)` picks, 16 at a time, and of `rest`. `scores`
 // are a row's, already with their bias.
 template <class Counts>
@@ -81,14 +54,14 @@ float log_mass(const float* scores, int vectors, float rest, const Counts& count
     f32x16 largest = splat(rest);
     for (int v = 0; v < vectors; ++v) {
         const f32x16 score = load(scores + v * 16);
-        largest = max(largest, counts(v) ? score : splat(kNoMass));
+        largest = max(largest, select(counts(v), score, splat(kNoMass)));
     }
     const float peak = largest_lane(largest);
     if (!(peak > kNoMass)) return kNoMass;
     f32x16 total{};
     for (int v = 0; v < vectors; ++v) {
         const f32x16 mass = exp2(load(scores + v * 16) - peak);
-        total += counts(v) ? mass : f32x16{};
+        total += select(counts(v), mass, f32x16{});
     }
     return peak + std::log2(sum_of_lanes(total) + std::exp2(rest - peak));
 }

@@ -41,7 +41,8 @@ inline void pack_channels(Format format, float* rows, int k, int k_padded, const
         auto* target = reinterpret_cast<int8_t*>(out.data) + lane * 4;
         for (int i = 0; i < k_padded; i += 16) {
             const f32x16 scaled = load(row + i) * inverse;
-            const i32x16 value = __builtin_convertvector(scaled + (scaled < 0.f ? splat(-0.5f) : splat(0.5f)), i32x16);
+            int32_t value[16];
+            store(value, to_int(scaled + select(scaled < 0.f, splat(-0.5f), splat(0.5f))));
             for (int j = 0; j < 16; ++j) {
                 const auto quantised = static_cast<int8_t>(value[j]);  // of a weight that is infinite, any value
                 target[(i + j) / 4 * 64 + (i + j) % 4] = quantised;

@@ -60,18 +60,14 @@ inline void hadamard_registers(const float* source, float* x, int num_registers)
 
 // The 16-point Hadamard matrix across the lanes of one register; unnormalised.
 inline f32x16 hadamard_lanes(f32x16 x) {
-    const f32x16 sign1 = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
-    const f32x16 sign2 = {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
-    const f32x16 sign4 = {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
-    const f32x16 sign8 = {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
-    const i32x16 swap1 = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
-    const i32x16 swap2 = {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13};
-    const i32x16 swap4 = {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11};
-    const i32x16 swap8 = {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7};
-    x = x * sign1 + __builtin_shuffle(x, swap1);
-    x = x * sign2 + __builtin_shuffle(x, swap2);
-    x = x * sign4 + __builtin_shuffle(x, swap4);
-    return x * sign8 + __builtin_shuffle(x, swap8);
+    alignas(64) static constexpr float kSign1[16] = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
+    alignas(64) static constexpr float kSign2[16] = {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
+    alignas(64) static constexpr float kSign4[16] = {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
+    alignas(64) static constexpr float kSign8[16] = {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
+    x = x * load(kSign1) + swap_lanes<1>(x);
+    x = x * load(kSign2) + swap_lanes<2>(x);
+    x = x * load(kSign4) + swap_lanes<4>(x);
+    return x * load(kSign8) + swap_lanes<8>(x);
 }
 
 // Rotates `size` values from `source` to x, which may be the same; `size` is a multiple of 16.

@@ -60,9 +60,7 @@ inline float largest_magnitude(const float* x, int size) {
         const f32x16 value = load(x + i);
         largest = max(largest, max(value, -value));
     }
-    float result = 0.f;
-    for (int lane = 0; lane < 16; ++lane) result = std::max(result, largest[lane]);
-    return result;
+    return largest_lane(largest);
 }
 
 template <bool kRotate>
@@ -77,7 +75,8 @@ void quantize_token(const float* x, int k, int k_padded, const Rows& rows, int r
     rows.scale[row_idx] = largest / 127.f;
     uint8_t* out = rows.row<uint8_t>(row_idx);
     for (int i = 0; i < size; i += 16) {
-        const i32x16 value = __builtin_convertvector(load(row + i) * inverse + splat(128.5f), i32x16);
+        int32_t value[16];
+        store(value, to_int(load(row + i) * inverse + splat(128.5f)));
         for (int lane = 0; lane < 16; ++lane) out[i + lane] = static_cast<uint8_t>(value[lane]);
     }
     std::memset(out + size, 128, static_cast<size_t>(k_padded - size));
@@ -124,11 +123,7 @@ inline void prepare_row(const float* x, int k, int k_padded, const Rows& rows, i
 inline double read_bytes(const uint8_t* data, size_t num_bytes) {
     u32x16 totals[8] = {};
     for (size_t i = 0; i + 512 <= num_bytes; i += 512) {
-        for (int part = 0; part < 8; ++part) {
-            u32x16 value;
-            std::memcpy(&value, data + i + part * 64, sizeof value);
-            totals[part] ^= value;
-        }
+        for (int part = 0; part < 8; ++part) { totals[part] ^= load_as<u32x16>(data + i + part * 64); }
     }
     for (int part = 1; part < 8; ++part) totals[0] ^= totals[part];
     uint32_t total = 0;

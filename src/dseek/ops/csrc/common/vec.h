@@ -1,13 +1,14 @@
-// Sixteen lanes as one value, in the compiler's portable vector extension.
+// What kernels do with sixteen lanes at once beyond plain arithmetic: conversions, and 2^x.
 //
-// The variant that includes this decides by its compile flags how many machine registers a value takes, so one source
-// serves every instruction set. Kernels whose speed depends on special instructions do not use it.
+// The variant that includes this decides by its compile flags how many machine registers a value takes (lanes.h), so
+// one source serves every instruction set. Kernels whose speed depends on special instructions do not use it.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "lanes.h"
 #include "numbers.h"
 
 #if defined(__F16C__)
@@ -17,50 +18,50 @@
 namespace dseek {
 namespace DSEEK_VARIANT {
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef int32_t i32x16 __attribute__((vector_size(64)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
-
-inline f32x16 load(const float* source) {
-    f32x16 value;
-    std::memcpy(&value, source, sizeof value);
-    return value;
-}
-
-inline void store(float* target, f32x16 value) { std::memcpy(target, &value, sizeof value); }
-
-inline f32x16 splat(float value) { return f32x16{} + value; }
-
 inline f32x16 load_half(const uint16_t* source) {
 #if defined(__AVX512F__)
     return reinterpret_cast<f32x16>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(source))));
-#elif defined(__F16C__)
-    float lanes[16];
-    _mm256_storeu_ps(lanes, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source))));
-    _mm256_storeu_ps(lanes + 8, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 8))));
-    return load(lanes);
+#elif defined(__AVX2__) && defined(__F16C__)
+    return {
+        reinterpret_cast<f32x16::Part>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source)))),
+        reinterpret_cast<f32x16::Part>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(source + 8))))};
 #else
-    f32x16 value;
-    for (int lane = 0; lane < 16; ++lane) value[lane] = half_to_float(source[lane]);
-    return value;
+    float lanes[16];
+    for (int lane = 0; lane < 16; ++lane) lanes[lane] = half_to_float(source[lane]);
+    return load(lanes);
 #endif
 }
 
 // Two neighbouring inputs of sixteen channels, as bf16 pairs: `low` the first input, `high` the second.
 inline void load_bf16_pairs(const uint16_t* source, f32x16& low, f32x16& high) {
-    u32x16 pairs;
-    std::memcpy(&pairs, source, sizeof pairs);
-    low = reinterpret_cast<f32x16>(pairs << 16);
-    high = reinterpret_cast<f32x16>(pairs & 0xffff0000u);
+    const u32x16 pairs = load_as<u32x16>(source);
+    low = as_float(pairs << 16);
+    high = as_float(pairs & 0xffff0000u);
 }
 
-inline float sum(f32x16 value) {
-    float total = 0.f;
-    for (int lane = 0; lane < 16; ++lane) total += value[lane];
-    return total;
+// Sixteen 16-bit integers, at any address.
+inline i32x16 load_int16(const void* source) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<i32x16>(_mm512_cvtepi16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(source))));
+#elif defined(__AVX2__)
+    const auto* halves = static_cast<const __m128i*>(source);
+    return {reinterpret_cast<i32x16::Part>(_mm256_cvtepi16_epi32(_mm_loadu_si128(halves))),
+            reinterpret_cast<i32x16::Part>(_mm256_cvtepi16_epi32(_mm_loadu_si128(halves + 1)))};
+#else
+    int16_t values[16];
+    std::memcpy(values, source, sizeof values);
+    int32_t wide[16];
+    for (int lane = 0; lane < 16; ++lane) wide[lane] = values[lane];
+    return load(wide);
+#endif
 }
 
-inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
+// Rounds to bf16, nearest or even: the upper halves of the lanes. A NaN becomes the positive quiet one.
+inline u32x16 bf16_bits(f32x16 value) {
+    const u32x16 bits = as_bits(value);
+    const f32x16 rounded = as_float(bits + (((bits >> 16) & 1u) + 0x7fffu));
+    return as_bits(select(value == value, rounded, as_float(u32x16{} + 0x7fc00000u)));
+}
 
 // 2^x for x <= 126, by a degree-6 polynomial on [-1/2, 1/2] (relative error below 2e-7; coefficients are the Taylor
 // series of 2^x, ln(2)^i / i!). Anything below -126 gives 0.
@@ -77,14 +78,14 @@ inline f32x16 exp2(f32x16 x) {
     result = result * fraction + 6.931472e-1f;
     result = result * fraction + 1.f;
     // Unsigned, because with numbers that are not finite the sums wrap around.
-    const u32x16 exponent = (reinterpret_cast<u32x16>(shifted) - 0x4b400000u) << 23;
-    const f32x16 scaled = reinterpret_cast<f32x16>(reinterpret_cast<u32x16>(result) + exponent);
-    return x < -126.f ? f32x16{} : scaled;
+    const u32x16 exponent = (as_bits(shifted) - 0x4b400000u) << 23;
+    const f32x16 scaled = as_float(as_bits(result) + exponent);
+    return select(x < -126.f, f32x16{}, scaled);
 }
 
 inline f32x16 silu(f32x16 x) {
     const f32x16 exponent = x * -kLog2E;
-    const f32x16 bounded = exponent > 126.f ? splat(126.f) : exponent;
+    const f32x16 bounded = select(exponent > 126.f, splat(126.f), exponent);
     return x / (exp2(bounded) + 1.f);
 }
 
