@@ -46,7 +46,8 @@ class TorchMarian(Seq2SeqRunner):
         if threads is not None:
             torch.set_num_threads(threads)
         self.shape = model.shape
-        state = {name: value.detach().float() for name, value in model.state_dict().items()}
+        self.state = state = {name: value.detach().float() for name, value in model.state_dict().items()}
+        """The weights, by the names of transformers."""
         self._encoder = [
             _block(state, f"model.encoder.layers.{index}") for index in range(self.shape.num_encoder_layers)
         ]

@@ -62,7 +62,14 @@ class Attention(nn.Module):
         self.q_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def heads(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Split [B, T, D] into [B, H, T, d]."""
+        """Split the width into heads.
+
+        Args:
+            x_BTD: [B, T, D].
+
+        Returns:
+            [B, H, T, d].
+        """
         return x_BTD.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def keys_values(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,7 +29,7 @@ Progress = Callable[[str, int, int, dict[str, float]], None]
 class TranslationTraining:
     """How a translation model is trained."""
 
-    num_passes: int = 14
+    num_passes: int = 10
     """Passes over the pairs."""
     tokens_per_batch: int = 1536
     """Most tokens of a batch on its longer side, padding included."""
