@@ -48,7 +48,7 @@ def test_a_row_opens_what_its_heads_put_the_share_on() -> None:
 
 
 def test_shares_bound_what_a_row_opens_and_the_budget_what_a_strip_does() -> None:
-    q, k, _ = drawn(3000)
+    q, k, _ = drawn(1500)
     free = select_rows(q, k, near_blocks=(1, 1), min_share=0.1, top_blocks=64)
     opened = free.sum(-1) - 3  # the own block, the one before it and the first
     assert opened[:, ::16].max() <= 2 * 10  # first rows of strips: ten shares of a tenth for each of two heads

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from dseek.cli.precision_options import add_precision_options, precision_from
 from dseek.core.attention_pattern import KINDS, WINDOWS
 from dseek.core.errors import DseekError
 
@@ -13,9 +14,6 @@ if TYPE_CHECKING:
     from dseek.engine.request import SamplingParams
     from dseek.models.files import ModelFiles
     from dseek.parallel.ranks import Ranks
-
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
-"""Precision modes, as in DSEEK_PRECISION_MODE."""
 
 ROPE_SCALINGS = ("auto", "yarn", "dynamic", "linear", "none")
 """Ways to go beyond the positions a model was made for, as in `dseek.models.long_positions`."""
@@ -115,16 +113,15 @@ def add_position_options(parser: argparse._ActionsContainer) -> None:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that decide how a model runs: --plan, --precision, --threads, --context, positions and attention.
+    """Add the options that decide how a model runs: --plan, precision, --threads, --context, positions
+    and attention.
 
     Args:
         parser: the verb's parser.
     """
     group = parser.add_argument_group("how it runs")
     group.add_argument("--plan", metavar="FILE", help="run a plan saved by `dseek plan --save` and decide nothing anew")
-    group.add_argument(
-        "--precision", choices=PRECISIONS, help="weights' precision (default: DSEEK_PRECISION_MODE, else the plan's)"
-    )
+    add_precision_options(group, "the plan's")
     group.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: the plan's choice)")
     group.add_argument("--context", type=positive_int, metavar="N", help="tokens a conversation may hold")
     add_position_options(group)
@@ -359,7 +356,7 @@ def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overr
     from dseek.engine.llm import load
 
     options: dict[str, Any] = {
-        "precision": args.precision,
+        **precision_from(args),
         "plan": args.plan,
         "context": args.context,
         "threads": args.threads,

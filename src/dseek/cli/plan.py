@@ -7,7 +7,6 @@ import json
 from typing import TYPE_CHECKING
 
 from dseek.cli.options import (
-    PRECISIONS,
     add_attention_options,
     add_json,
     add_model,
@@ -17,6 +16,7 @@ from dseek.cli.options import (
     open_from,
     positive_int,
 )
+from dseek.cli.precision_options import add_precision_options, precision_from
 from dseek.cli.show_attention import add_show_attention, check_options, draw, summary_line
 
 if TYPE_CHECKING:
@@ -52,9 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="accepted rise of perplexity, as a fraction (default: 0.005)",
     )
     parser.add_argument("--memory-limit", type=_size, metavar="SIZE", help="memory allowed, such as 8GB or 900MB")
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, help="weights' precision (default: DSEEK_PRECISION_MODE, else chosen)"
-    )
+    add_precision_options(parser, "chosen")
     parser.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: chosen)")
     parser.add_argument("--save", metavar="FILE", help="write the plan to a file that every command takes as --plan")
     add_request_options(parser, "--prompt")
@@ -115,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         objective,
         encodings=encodings,
         model=args.model,
-        precision=args.precision,
+        **precision_from(args),
         num_threads=args.threads,
         attention=wish,
         heads=heads,

@@ -62,6 +62,7 @@ def load(
     model: str | ModelFiles,
     *,
     precision: str | None = None,
+    cache_dtype: str | None = None,
     plan: Plan | str | Path | None = None,
     context: int | None = None,
     prompt_tokens: int | None = None,
@@ -87,6 +88,7 @@ def load(
         model: a folder in Hugging Face layout, a `.gguf` file, an alias or a hub id; or the opened files of one, which
             then belong to what is returned.
         precision: auto, fp32, bf16, fp16, int8 or int4; None takes DSEEK_PRECISION_MODE.
+        cache_dtype: fp32, bf16 or int8, of the cache of keys and values; None takes the plan's choice.
         plan: a plan, or a file that `dseek plan --save` wrote; excludes the options that would make another one.
         context: longest prompt with its answer, in tokens; None takes the model's, at most 4096.
         prompt_tokens: prompt of the typical request that is planned for; None takes what fills `context` if that is
@@ -145,6 +147,7 @@ def load(
                 plan,
                 files,
                 precision=precision,
+                cache_dtype=cache_dtype,
                 context=context,
                 threads=threads,
                 prompt_tokens=prompt_tokens,
@@ -156,6 +159,7 @@ def load(
         made = make_plan(
             files,
             precision=precision,
+            cache_dtype=cache_dtype,
             context=context,
             prompt_tokens=prompt_tokens,
             answer_tokens=answer_tokens,

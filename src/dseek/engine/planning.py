@@ -27,6 +27,7 @@ def make_plan(
     files: ModelFiles,
     *,
     precision: str | None,
+    cache_dtype: str | None = None,
     context: int | None,
     prompt_tokens: int | None,
     answer_tokens: int | None,
@@ -43,6 +44,7 @@ def make_plan(
     Args:
         files: the opened model.
         precision: see `load`.
+        cache_dtype: see `load`.
         context: see `load`.
         prompt_tokens: see `load`.
         answer_tokens: see `load`.
@@ -87,6 +89,7 @@ def make_plan(
         encodings=files.encodings(),
         model=files.name,
         precision=precision,
+        cache_dtype=cache_dtype,
         num_threads=threads,
         attention=attention,
         heads=head_facts(files, attention),
@@ -98,6 +101,7 @@ def given_plan(
     files: ModelFiles,
     *,
     precision: str | None,
+    cache_dtype: str | None = None,
     context: int | None,
     threads: int | None,
     prompt_tokens: int | None = None,
@@ -112,6 +116,7 @@ def given_plan(
         files: the opened model; where the plan is for more positions than it has, and nobody asked for a number, it is
             given the plan's.
         precision: what was asked for beside the plan, or None.
+        cache_dtype: what was asked for beside the plan, or None.
         context: what was asked for beside the plan, or None.
         threads: what was asked for beside the plan, or None.
         prompt_tokens: what was asked for beside the plan, or None.
@@ -133,8 +138,10 @@ def given_plan(
         _extend_as_planned(files, plan)
     plan.check_model(files.shape)
     decided = {"precision": plan.precision, "context": plan.context_tokens, "threads": plan.num_threads}
+    decided["cache dtype"] = plan.cache_dtype
     decided["prompt tokens"], decided["answer tokens"] = plan.objective.request(plan.context_tokens)
     asked = {"precision": precision, "context": context, "threads": threads}
+    asked["cache dtype"] = cache_dtype
     asked |= {"prompt tokens": prompt_tokens, "answer tokens": answer_tokens}
     for name, value in asked.items():
         if value is not None and value not in (decided[name], "auto"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from dseek.core.errors import UnsupportedModelError
+from dseek.models.compressed_config import read_compressed
 from dseek.models.config_values import ConfigValues, shorten
 from dseek.models.family import refuse
 
@@ -107,22 +108,23 @@ def refuse_features(
 
 
 def refuse_quantized(values: ConfigValues, family: str) -> None:
-    """Refuse a folder whose weights are quantised in a layout that is not read here.
+    """Refuse a folder whose weights are quantised in a layout that is not read here (`compressed_config` has what is).
 
     Args:
         values: config.json.
         family: name of the family.
 
     Raises:
-        UnsupportedModelError: there is a `quantization_config`.
+        ConfigError: a `quantization_config` with a value that is absurd.
+        UnsupportedModelError: one of another method, or with something that is not computed here.
     """
     settings = values.get("quantization_config")
-    if settings is None or settings == {}:
+    if settings is None or settings == {} or read_compressed(values) is not None:
         return
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     raise UnsupportedModelError(
         f"{values.source} has a quantization_config (quant_method {shorten(method)})",
-        needed=f"plain {family} weights in F32, F16 or BF16, or a GGUF file",
+        needed=f"plain {family} weights in F32, F16 or BF16, integers of compressed-tensors, or a GGUF file",
         remedy="use the checkpoint it was quantised from: dseek quantises while it loads (--precision int8 or int4)",
     )
 

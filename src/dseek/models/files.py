@@ -73,6 +73,28 @@ class ModelFiles(ABC):
         """List the canonical names of all tensors, embedding first, head last."""
         return list(self._entries)
 
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Return the logical shape of one tensor, from the header alone.
+
+        Args:
+            name: canonical name, one of `tensor_names()`.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
+        return self._entries[name].shape
+
+    def tensor_encoding(self, name: str) -> str:
+        """Return the encoding of one tensor, from the header alone.
+
+        Args:
+            name: canonical name, one of `tensor_names()`.
+
+        Raises:
+            KeyError: there is none of this name.
+        """
+        return self._entries[name].encoding
+
     def has(self, name: str) -> bool:
         """Tell whether there is a tensor of this canonical name."""
         return name in self._entries

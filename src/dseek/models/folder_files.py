@@ -1,20 +1,24 @@
 """A model in a folder of Hugging Face layout: config.json, safetensors (one file or indexed shards), tokenizer files.
 
 Weights are looked for as `model.safetensors.index.json`, else `model.safetensors`, else the only `*.safetensors` there
-is. Pickled checkpoints (`*.bin`, `*.pt`) are never opened: reading one can run code.
+is. Those of the method `compressed-tensors` may hold integers (`compressed_tensors`). Pickled checkpoints (`*.bin`,
+`*.pt`) are never opened: reading one can run code.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dseek.core.errors import FileFormatError
-from dseek.models.config_values import shorten
+from dseek.models.compressed_config import read_compressed
+from dseek.models.compressed_tensors import Collector, CompressedWeight
+from dseek.models.config_values import ConfigValues, shorten
 from dseek.models.families import shape_from_config
-from dseek.models.files import ModelFiles
+from dseek.models.files import ModelFiles, TensorEntry
 from dseek.models.safetensors_reader import SafetensorsFile, StoredTensor
 from dseek.models.tensor_names import canonical_from_safetensors
 from dseek.ops.tensor import EncodedTensor
@@ -49,9 +53,10 @@ class FolderFiles(ModelFiles):
             self._config = read_json_object(path / "config.json")
             shape = shape_from_config(self._config)
             self._owners: dict[str, tuple[SafetensorsFile, str]] = {}
+            settings = read_compressed(ConfigValues(self._config, "config.json"))
             entries: dict[str, StoredTensor] = {}
             for shard_path in find_shards(path):
-                shard = SafetensorsFile(shard_path)
+                shard = SafetensorsFile(shard_path, integers=settings is not None)
                 self._shards.append(shard)
                 for stored_name, tensor in shard.tensors.items():
                     canonical = canonical_from_safetensors(stored_name)
@@ -61,7 +66,10 @@ class FolderFiles(ModelFiles):
                         raise FileFormatError(f"{shard_path}: tensor {shorten(stored_name)} appears twice in the model")
                     entries[canonical] = tensor
                     self._owners[canonical] = (shard, stored_name)
-            super().__init__(name, path, shape, entries)
+            weights: Mapping[str, TensorEntry] = entries
+            if settings is not None:
+                weights = Collector(entries, self._owners, settings).collect()
+            super().__init__(name, path, shape, weights)
         except BaseException:
             self.close()
             raise
@@ -85,12 +93,15 @@ class FolderFiles(ModelFiles):
             name: canonical name.
 
         Returns:
-            The tensor, a view of the mapped file.
+            The tensor, a view of the mapped file, or what its integers were put together to.
 
         Raises:
             KeyError: there is none of this name.
+            FileFormatError: a scale is not finite.
         """
         entry = self._entries[name]
+        if isinstance(entry, CompressedWeight):
+            return entry.read()
         shard, stored_name = self._owners[name]
         return EncodedTensor(name=name, shape=entry.shape, encoding=entry.encoding, data=shard.data(stored_name))
 

@@ -69,6 +69,23 @@ class HuggingFaceCodec(TokenCodec):
         found: int | None = self._backend.token_to_id(token)
         return found
 
+    def to_json(self) -> str:
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import processors
+
+        text: str = self._backend.to_str()
+        if not self._prefix_ids and not self._suffix_ids:
+            return text
+        copy = Backend.from_str(text)
+        around = [(copy.id_to_token(token_id), token_id) for token_id in (*self._prefix_ids, *self._suffix_ids)]
+        before = [token for token, _ in around[: len(self._prefix_ids)]]
+        after = [token for token, _ in around[len(self._prefix_ids) :]]
+        copy.post_processor = processors.TemplateProcessing(
+            single=[*before, "$A", *after], special_tokens=list(dict.fromkeys(around))
+        )
+        whole: str = copy.to_str()
+        return whole
+
 
 def byte_level_backend(
     vocabulary: dict[str, int], merges: list[tuple[str, str]], *, kind: str, ignore_merges: bool

@@ -29,7 +29,8 @@ MAX_DIMENSIONS = 8
 """No weight has more than four."""
 
 _LENGTH_BYTES = 8
-_ENCODINGS = {"F32": ("F32", 4), "F16": ("F16", 2), "BF16": ("BF16", 2)}
+_FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_INTEGER_BYTES = {"I8": 1, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class SafetensorsFile:
 
     Args:
         path: the file.
+        integers: whether int8, int32 and int64 are read too; whoever asks for them says what they mean.
 
     Raises:
         FileFormatError: it is truncated, inconsistent or over a limit.
@@ -63,8 +65,9 @@ class SafetensorsFile:
         OSError: it cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, integers: bool = False) -> None:
         self.path = path
+        self._item_bytes = _FLOAT_BYTES | (_INTEGER_BYTES if integers else {})
         self._map = map_file(path)
         self._size = len(self._map)
         header, data_start = self._read_header()
@@ -148,14 +151,14 @@ class SafetensorsFile:
             raise self._error(f"{what} has the shape {shorten(shape)}", "a list of sizes")
         if not _are_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= self._size - data_start:
             raise self._error(f"{what} has the data_offsets {shorten(offsets)}", "a byte range inside the file")
-        if not isinstance(entry["dtype"], str) or entry["dtype"] not in _ENCODINGS:
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in self._item_bytes:
             raise UnsupportedModelError(
                 f"{self.path}: {what} has the dtype {shorten(entry['dtype'])}",
-                needed="one of " + ", ".join(_ENCODINGS),
+                needed="one of " + ", ".join(self._item_bytes),
                 remedy="use a checkpoint whose weights are not quantised",
             )
-        encoding, item_bytes = _ENCODINGS[entry["dtype"]]
-        num_bytes = item_bytes
+        encoding = entry["dtype"]
+        num_bytes = self._item_bytes[encoding]
         for size in shape:
             num_bytes *= size
             if num_bytes > self._size:

@@ -24,6 +24,8 @@ _GGUF_BLOCK_PARTS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_CANONICAL_TABLES = {canonical: name for name, canonical in _GGUF_TABLES.items()}
+_CANONICAL_PARTS = {canonical: name for name, canonical in _GGUF_BLOCK_PARTS.items()}
 _GGUF_BLOCK_NAME = re.compile(r"blk\.(\d{1,6})\.(\w+)\.(weight|bias)")
 _ROTATED = re.compile(r"model\.layers\.\d+\.self_attn\.([qk])_proj\.(?:weight|bias)")
 
@@ -46,6 +48,25 @@ def canonical_from_gguf(name: str) -> str | None:
     if match is None or match[2] not in _GGUF_BLOCK_PARTS:
         return None
     return f"model.layers.{int(match[1])}.{_GGUF_BLOCK_PARTS[match[2]]}.{match[3]}"
+
+
+def gguf_name(name: str) -> str:
+    """Translate a canonical name to GGUF's.
+
+    Args:
+        name: canonical name of a decoder's tensor.
+
+    Returns:
+        Such as `blk.0.attn_q.weight`.
+
+    Raises:
+        KeyError: it is none of a decoder's.
+    """
+    if name in _CANONICAL_TABLES:
+        return _CANONICAL_TABLES[name]
+    layer, _, part = name.removeprefix("model.layers.").partition(".")
+    module, _, kind = part.rpartition(".")
+    return f"blk.{layer}.{_CANONICAL_PARTS[module]}.{kind}"
 
 
 def canonical_from_safetensors(name: str) -> str | None:

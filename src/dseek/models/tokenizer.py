@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dseek.core.errors import RequestError
+from dseek.core.errors import RequestError, UnsupportedModelError
 from dseek.models.chat_template import ChatTemplate
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -62,6 +62,18 @@ class TokenCodec(ABC):
             Its id, or None.
         """
 
+    def to_json(self) -> str:
+        """Describe the vocabulary as a tokenizer.json.
+
+        Raises:
+            UnsupportedModelError: this kind has no such description.
+        """
+        raise UnsupportedModelError(
+            "the model's tokenizer is of the SentencePiece kind, which is not written as tokenizer.json",
+            needed="a byte-level tokenizer",
+            remedy="take the Hugging Face folder of the model, which has the file",
+        )
+
 
 class Tokenizer:
     """A model's tokenizer. Safe to use from several threads, except that each stream belongs to one.
@@ -94,6 +106,19 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of ids, special ones included."""
         return self._codec.vocab_size
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Names such as `bos_token` to their text."""
+        return dict(self._special_tokens)
+
+    def to_json(self) -> str:
+        """Describe the vocabulary as a tokenizer.json; special names, end tokens and the template are not in it.
+
+        Raises:
+            UnsupportedModelError: this kind has no such description.
+        """
+        return self._codec.to_json()
 
     def token_id(self, token: str) -> int | None:
         """Look up a token by its spelling in the vocabulary.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dseek.core import environment
@@ -10,7 +10,16 @@ from dseek.core.errors import ConfigError
 from dseek.core.shape import ModelShape
 from dseek.hardware.machine import Machine
 from dseek.plan.attention_wish import AttentionWish
-from dseek.plan.formats import CACHE_DTYPES, PRECISIONS, VARIANTS, CacheDtype, Kernels, Variant
+from dseek.plan.formats import (
+    CACHE_DTYPES,
+    MEASURED_AS,
+    PRECISIONS,
+    VARIANTS,
+    CacheDtype,
+    Kernels,
+    Variant,
+    variants_for,
+)
 from dseek.plan.head_facts import HeadFacts
 from dseek.plan.objective import Objective
 
@@ -146,7 +155,7 @@ def chunks(context: int, wishes: Wishes) -> list[int]:
 
 
 def format_pairs(
-    machine: Machine, kernels: Kernels, precision: str, wishes: Wishes
+    machine: Machine, kernels: Kernels, precision: str, wishes: Wishes, encodings: Mapping[str, int]
 ) -> list[tuple[Variant, CacheDtype]]:
     """List the variants of the weights with the cache dtypes that go with them, as far as they were measured.
 
@@ -155,6 +164,7 @@ def format_pairs(
         kernels: native or torch.
         precision: a precision or auto.
         wishes: may ask for a cache dtype.
+        encodings: elements in the file, by encoding.
 
     Raises:
         ConfigError: there are none, or an unknown cache dtype.
@@ -162,9 +172,10 @@ def format_pairs(
     if wishes.cache_dtype is not None:
         _one_of("the cache's dtype", wishes.cache_dtype, CACHE_DTYPES)
     formats = {curve.weight_format for curve in machine.linears if curve.kernels == kernels}
+    formats |= {name for name, base in MEASURED_AS.items() if kernels == "native" and base in formats}
     caches = {curve.cache_dtype for curve in machine.attentions if curve.kernels == kernels}
     pairs: list[tuple[Variant, CacheDtype]] = []
-    for variant in VARIANTS:
+    for variant in variants_for(encodings):
         if precision not in ("auto", variant.precision):
             continue
         if {variant.weight_format, variant.table_format} - formats:

@@ -6,6 +6,7 @@ padded to a step, groups of 32 inputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +39,7 @@ ENCODING_BITS: dict[str, float] = {
     "Q4_K": 4.5,
     "Q5_K": 5.5,
     "Q6_K": 6.5625,
+    "I8_CHANNEL": 8,
 }
 """Bits an element in a file, block scales included."""
 
@@ -88,6 +90,24 @@ VARIANTS: tuple[Variant, ...] = (
     Variant(name="int4, groups of 32", precision="int4", weight_format="i4g", table_format="i8g"),
 )
 """What the search considers, widest first."""
+
+AS_GIVEN = Variant(name="int8, scales of channels as given", precision="int8", weight_format="i8p", table_format="i8g")
+"""Considered beside them where a file has such weights: without the rotation only weights made for it are any good."""
+
+MEASURED_AS: dict[str, WeightFormat] = {"i8p": "i8c"}
+"""Formats that are not measured, and whose times are taken for theirs: the kernel is the same, less a rotation."""
+
+
+def variants_for(encodings: Mapping[str, int]) -> tuple[Variant, ...]:
+    """List the ways to store a file's weights that are worth considering.
+
+    Args:
+        encodings: elements in the file, by encoding.
+
+    Returns:
+        The variants, widest first.
+    """
+    return (*VARIANTS, AS_GIVEN) if "I8_CHANNEL" in encodings else VARIANTS
 
 
 def packed_bytes(weight_format: str, num_outputs: int, num_inputs: int) -> int:

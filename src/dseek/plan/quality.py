@@ -9,7 +9,8 @@ Where projections differ in format, each is charged for its own share of the los
 weights times how sensitive its role is at its depth, which `python -m benchmarks.experiments.sensitivity` measured.
 Losses measured for a model's own tensors may replace any of these (`plan.make`).
 
-A format that holds a file's encoding exactly loses nothing: int8 groups hold Q8_0, int4 groups hold Q4_0 and Q4_1.
+A format that holds a file's encoding exactly loses nothing: int8 groups hold Q8_0, int4 groups hold Q4_0 and Q4_1, and
+int8 channels without a rotation hold those of a file that was made so, with the activations it was made for.
 """
 
 from __future__ import annotations
@@ -18,12 +19,20 @@ from collections.abc import Iterable, Mapping
 
 from dseek.core.errors import ConfigError
 from dseek.core.shape import ModelShape
-from dseek.plan.formats import ENCODING_BITS, ROLES, VARIANTS, LayerFormats, Variant
+from dseek.plan.formats import AS_GIVEN, ENCODING_BITS, ROLES, VARIANTS, LayerFormats, Variant
 
 LossTable = Mapping[tuple[int, str, str], float]
 """Loss of one projection, a fraction, by layer, role and weight format."""
 
-WEIGHT_LOSS: dict[str, float] = {"f32": 0.0, "f16": 0.0001, "bf16": 0.0005, "i8c": 0.004, "i8g": 0.002, "i4g": 0.2}
+WEIGHT_LOSS: dict[str, float] = {
+    "f32": 0.0,
+    "f16": 0.0001,
+    "bf16": 0.0005,
+    "i8c": 0.004,
+    "i8p": 0.03,
+    "i8g": 0.002,
+    "i4g": 0.2,
+}
 """By weight format, where the file is wider."""
 
 CACHE_LOSS: dict[str, float] = {"fp32": 0.0, "bf16": 0.0, "int8": 0.001}
@@ -46,6 +55,7 @@ LAST_LAYER, BEFORE_LAST = 3.0, 0.5
 EXACT_ENCODINGS: dict[str, tuple[str, ...]] = {
     "f16": ("F16",),
     "bf16": ("BF16",),
+    "i8p": ("I8_CHANNEL",),
     "i8g": ("Q8_0",),
     "i4g": ("Q4_0", "Q4_1"),
 }
@@ -101,7 +111,7 @@ def prior_losses(shape: ModelShape, encodings: Mapping[str, int]) -> dict[tuple[
     total = sum(weights.values())
     return {
         (layer, role, variant.weight_format): weight_loss(variant, shape, encodings) * weight / total
-        for variant in VARIANTS
+        for variant in (*VARIANTS, AS_GIVEN)
         for (layer, role), weight in weights.items()
     }
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from dseek.core.errors import ConfigError
 from dseek.hardware.machine import AttentionCurve, LinearCurve, Machine, Overheads
-from dseek.plan.formats import cache_bytes_per_token, packed_bytes
+from dseek.plan.formats import MEASURED_AS, cache_bytes_per_token, packed_bytes
 
 
 def interpolate(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
@@ -103,6 +103,9 @@ class Rates:
         for curve in machine.linears:
             if curve.kernels == kernels:
                 self._linears[curve.weight_format].append(curve)
+        for name, base in MEASURED_AS.items():
+            if base in self._linears:
+                self._linears[name] = self._linears[base]
         self._attentions: dict[str, dict[tuple[int, int, int], list[AttentionCurve]]] = defaultdict(
             lambda: defaultdict(list)
         )
@@ -128,7 +131,7 @@ class Rates:
         self._memory: dict[tuple[object, ...], float] = {}
 
     def has_format(self, weight_format: str) -> bool:
-        """Tell whether linear layers in a `weight_format` were measured."""
+        """Tell whether linear layers in a `weight_format`, or in one that stands for it, were measured."""
         return weight_format in self._linears
 
     def has_cache(self, cache_dtype: str) -> bool:

@@ -99,7 +99,7 @@ def decide(
     # 2. Formats of weights and cache, for a given batch.
     pairs = [
         (uniform(variant, shape, losses), cache_dtype)
-        for variant, cache_dtype in candidates.format_pairs(machine, kernels, precision, wishes)
+        for variant, cache_dtype in candidates.format_pairs(machine, kernels, precision, wishes, encodings)
     ]
     forced = precision != "auto" or wishes.cache_dtype is not None
     accepted = objective.max_quality_loss

@@ -29,7 +29,7 @@ inline __m256i broadcast4(const void* source) {
 // panel that the epilogue joins.
 template <int kRows, class Tile>
 void for_each_tile_256(const LinearCall& call, const Tile& tile) {
-    constexpr int kGatedRows = kRows / 2;
+    constexpr int kGatedRows = kRows / 2;  // as many registers
     const bool gated = call.epilogue == Epilogue::gated;
     for (int panel = call.panel_begin; panel < call.panel_end; panel += gated ? 2 : 1) {
         int row = call.row_begin;
@@ -297,7 +297,7 @@ void linear_groups_256(const LinearCall& call) {
 }
 
 inline void linear_avx2(const LinearCall& call) {
-    constexpr int kByteRows = 4;
+    constexpr int kByteRows = 3;
     switch (call.weight->format) {
         case Format::f32: linear_floats<false>(call); return;
         case Format::f16: linear_floats<true>(call); return;
