@@ -267,6 +267,9 @@ def test_what_cannot_be_converted_is_told() -> None:
         qat.convert(prepared)
     with pytest.raises(ConfigError, match="never measured"):
         prepared.eval()(draw(1, 1, 8, 8))
+    if native.module() is not None:
+        with pytest.raises(ConfigError, match=r"the module: .*1 x 65537"):
+            qat.convert(qat.prepare(torch.nn.Linear(65537, 1)))
     broken = qat.prepare(network())
     broken[8].weight.data[0, 0] = float("nan")
     with pytest.raises(ConfigError, match="8: its weight is not finite"):

@@ -64,6 +64,15 @@ def test_every_parameter_learns() -> None:
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("estimator", ["ste", "lsq", "ewgs", "lsq+ewgs"])
+def test_a_plain_checkpoint_loads_into_every_kind(estimator: str) -> None:
+    prepared = qat.prepare(network(), qat.QatConfig(estimator=estimator, weight_bits=4))
+    qat.freeze_ranges(prepared)
+    other = network(seed=5)
+    prepared.load_state_dict(other.state_dict(), strict=True)
+    torch.testing.assert_close(qat.restore(prepared)(images()), other(images()), rtol=0, atol=0)
+
+
 def test_state_loads_both_ways_and_parameters_are_shared() -> None:
     plain = network()
     before = dict(plain.named_parameters())

@@ -71,14 +71,33 @@ def test_the_first_batch_of_training_sets_ranges_that_nobody_measured() -> None:
 
 def test_parameter_groups() -> None:
     prepared = qat.prepare(small(), qat.QatConfig(activations="static", estimator="lsq"))
-    groups = qat.parameter_groups(prepared, learning_rate=0.1, weight_decay=0.5, step_learning_rate=0.01)
+    qat.calibrate(prepared, [draw(32, 20)])
+    groups = qat.parameter_groups(
+        prepared, learning_rate=0.1, weight_decay=0.5, step_learning_rate=0.01, adaptive=False
+    )
     matrices, vectors, steps = groups
     assert [parameter.dim() for parameter in matrices["params"]] == [2, 2] and matrices["weight_decay"] == 0.5
     assert [parameter.dim() for parameter in vectors["params"]] == [1, 1] and vectors["weight_decay"] == 0
     assert len(steps["params"]) == 4 and steps["lr"] == 0.01 and steps["weight_decay"] == 0
     assert sum(len(group["params"]) for group in groups) == len(list(prepared.parameters()))
     assert len(qat.parameter_groups(qat.prepare(small()), learning_rate=0.1)) == 2
-    torch.optim.AdamW(groups)
+    torch.optim.SGD(groups)
+
+
+def test_adaptive_optimisers_move_steps_as_fast_as_weights() -> None:
+    """Relative to their size: one update of Adam changes both by the rate over the mean weight."""
+    prepared = qat.prepare(small(), qat.QatConfig(activations="static", estimator="lsq"))
+    qat.calibrate(prepared, [draw(32, 20)])
+    groups = qat.parameter_groups(prepared, learning_rate=1e-4)
+    assert len(groups) == 6 and all(len(group["params"]) == 1 for group in groups[2:])
+    optimizer = torch.optim.Adam(groups)
+    before = {name: value.detach().clone() for name, value in prepared.named_parameters()}
+    F.cross_entropy(prepared.train()(draw(64, 20)), torch.arange(64) % 5).backward()
+    optimizer.step()
+    relative = 1e-4 / before["0.weight"].abs().mean()
+    for name in ("0.weight", "0.weight_rounding.step", "0.input_rounding.step"):
+        change = (dict(prepared.named_parameters())[name] - before[name]).abs().max() / before[name].abs().mean()
+        torch.testing.assert_close(change, relative, rtol=0.02, atol=0)
 
 
 def test_frozen_ranges_stay() -> None:
@@ -107,8 +126,13 @@ def test_ranges_by_maximum_can_be_frozen_too() -> None:
     qat.freeze_ranges(prepared)
     prepared[0].weight.data *= 2
     torch.testing.assert_close(prepared[0].weight_rounding.current_step(prepared[0].weight), step)
+    resumed = qat.prepare(small(seed=1))
+    resumed.load_state_dict(prepared.state_dict(), strict=True)
+    torch.testing.assert_close(resumed(draw(3, 20)), prepared(draw(3, 20)), rtol=0, atol=0)
     qat.freeze_ranges(prepared, frozen=False)
     torch.testing.assert_close(prepared[0].weight_rounding.current_step(prepared[0].weight), 2 * step)
+    resumed.load_state_dict(prepared.state_dict(), strict=True)
+    torch.testing.assert_close(resumed(draw(3, 20)), prepared(draw(3, 20)), rtol=0, atol=0)
 
 
 def test_distillation_is_the_divergence() -> None:

@@ -161,6 +161,8 @@ class Caller:
             },
             "unpack": lambda: {"blob": self.any_blob()},
             "linear": lambda: {"x": floats(int(rng.integers(1, 40)), 33), "blob": self.any_blob()},
+            "integer_conv": lambda: self.convolution(groups=int(rng.choice([1, 2]))),
+            "depthwise_conv": lambda: self.convolution(groups=0),
             "rms_norm": lambda: {"x": floats(3, 33), "weight": floats(33), "epsilon": 1e-5},
             "dense_attention": lambda: {
                 part: rng.integers(0, 2**16, (2, 70, 32), np.uint16) for part in ("q", "k", "v")
@@ -252,6 +254,34 @@ class Caller:
             "Decoder.run_blocks": lambda: self.batch(hidden=True),
         }
         return makers[name]() if name in makers else {}
+
+    def convolution(self, *, groups: int) -> Arguments:
+        """Make images, a weight and room for the result; no groups means depthwise."""
+        rng, floats = self.rng, self.floats
+        batch, height, width, channels = (
+            int(rng.integers(1, 4)),
+            6,
+            int(rng.integers(5, 9)),
+            int(rng.choice([2, 18, 34])),
+        )
+        stride, dilation, pads = int(rng.integers(1, 3)), int(rng.integers(1, 3)), rng.integers(0, 3, 4).tolist()
+        outputs = channels if groups == 0 else 2 * groups * int(rng.choice([1, 9]))
+        reach = [size + first + last for size, first, last in ((height, *pads[:2]), (width, *pads[2:]))]
+        pixels = [(size - dilation * 2 - 1) // stride + 1 for size in reach]
+        arguments: Arguments = {
+            "x": floats(batch, height, width, channels),
+            "geometry": [3, 3, stride, stride, dilation, dilation, *pads],
+            "steps": np.abs(floats(batch)) + 0.01,
+            "find_steps": bool(rng.integers(2)),
+            "range": (0, 254, 127) if rng.random() < 0.5 else (-127, 127, 0),
+            "bias": floats(outputs) if rng.random() < 0.5 else None,
+            "out": np.empty((batch, *pixels, outputs), np.float32),
+        }
+        if groups == 0:
+            padded = -(-channels // 16) * 16
+            return arguments | {"taps": rng.integers(-128, 128, (9, padded), np.int8), "scale": floats(padded)}
+        blobs = [self.native.pack("i8p", floats(outputs // groups, 9 * channels // groups)) for _ in range(groups)]
+        return arguments | {"blobs": np.concatenate(blobs), "groups": groups}
 
     def rows_pattern(self) -> Arguments:
         """What lets rows select for themselves, by a gate for four heads of 16 in two groups."""

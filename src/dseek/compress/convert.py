@@ -39,12 +39,17 @@ def convert(module: torch.nn.Module) -> torch.nn.Module:
         The module, or its replacement where it is a layer itself. Batch norms that were folded are in the bias now.
 
     Raises:
-        ConfigError: nothing is prepared, a static range was never measured, or a weight is not finite.
+        ConfigError: nothing is prepared, a static range was never measured, or a weight is not finite or too large.
     """
     replaced: dict[int, torch.nn.Module] = {}
     for name, layer in module.named_modules():
         if isinstance(layer, QatLayer):
-            replaced[id(layer)] = _integer_layer(name, layer)
+            try:
+                replaced[id(layer)] = _integer_layer(name, layer)
+            except ConfigError:
+                raise
+            except ValueError as error:  # of packing: more inputs than sums of 32 bits have room for
+                raise ConfigError(f"{name or 'the module'}: {error}", remedy="name it in `ignore`") from error
         elif isinstance(layer, FoldedBatchNorm):
             replaced[id(layer)] = torch.nn.Identity()
     if not replaced:

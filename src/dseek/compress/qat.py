@@ -17,6 +17,7 @@ from dseek.compress.qat_config import QatConfig
 from dseek.compress.qat_curvature import update_deltas
 from dseek.compress.qat_layers import FoldedBatchNorm, QatConv1d, QatConv2d, QatLayer, QatLinear
 from dseek.compress.qat_prepare import LayerChoice, inspect, prepare, restore
+from dseek.compress.qat_torchao import from_torchao
 from dseek.compress.qat_training import (
     calibrate,
     distillation_loss,
@@ -40,6 +41,7 @@ __all__ = [
     "distillation_loss",
     "freeze_batch_norm",
     "freeze_ranges",
+    "from_torchao",
     "inspect",
     "load",
     "parameter_groups",

@@ -10,7 +10,7 @@ from dseek.core.errors import ConfigError
 
 Estimator = Literal["ste", "lsq", "ewgs", "lsq+ewgs"]
 Activations = Literal["dynamic", "static", "none"]
-StepRule = Literal["max", "mean", "error"]
+StepRule = Literal["max", "span", "mean", "error"]
 BatchNorm = Literal["frozen", "batch"]
 
 GROUP_SIZES = (32, 64, 128)
@@ -37,9 +37,10 @@ class QatConfig:
     """How gradients pass the rounding (`dseek.compress.qat_rounding`): `ste` as if it were not there, `lsq` the same
     with learned steps, `ewgs` scaled by each element's rounding error, or `lsq+ewgs`."""
     step_rule: StepRule | None = None
-    """Where the steps of weights come from. `max`: the largest magnitude, of every forward pass anew unless steps are
-    learned. `mean`: 2 mean |w| / sqrt(largest integer). `error`: the least squared error. Left out: `max`, and `mean`
-    where steps are learned, as in the paper."""
+    """Where the steps of weights come from. `max`: the largest magnitude over the largest integer, of every forward
+    pass anew unless steps are learned. `span`: the same over half the range, (2^bits - 1) / 2, as torchao has it.
+    `mean`: 2 mean |w| / sqrt(largest integer). `error`: the least squared error. Left out: `max`, and `mean` where
+    steps are learned, as in the paper."""
     ewgs_delta: float = 0.1
     """Strength of the element-wise scaling before `update_deltas` has measured one, in units of the step."""
     batch_norm: BatchNorm = "frozen"
@@ -65,7 +66,7 @@ class QatConfig:
         choices = (
             ("activations", self.activations, ("dynamic", "static", "none")),
             ("estimator", self.estimator, ("ste", "lsq", "ewgs", "lsq+ewgs")),
-            ("step_rule", self.step_rule, (None, "max", "mean", "error")),
+            ("step_rule", self.step_rule, (None, "max", "span", "mean", "error")),
             ("batch_norm", self.batch_norm, ("frozen", "batch")),
         )
         for name, value, known in choices:

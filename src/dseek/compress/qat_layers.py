@@ -45,7 +45,10 @@ class QatLayer(torch.nn.Module):
         for added in ADDED:
             child = getattr(self, added)
             if not any(name.startswith(f"{prefix}{added}.") for name in state_dict):
-                state_dict.update({f"{prefix}{added}.{name}": value for name, value in child.state_dict().items()})
+                own = child.state_dict()
+                if getattr(child, "follows", False):
+                    own.pop("step", None)  # frozen for other weights than those that are loaded
+                state_dict.update({f"{prefix}{added}.{name}": value for name, value in own.items()})
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -119,13 +119,13 @@ def step_gradient_factor(num_elements: int, high: int) -> float:
     return 1.0 / math.sqrt(max(1, num_elements) * high)
 
 
-def step_by_max(x: torch.Tensor, dims: tuple[int, ...], high: int) -> torch.Tensor:
+def step_by_max(x: torch.Tensor, dims: tuple[int, ...], high: float) -> torch.Tensor:
     """Largest magnitude over the largest integer: nothing is clipped.
 
     Args:
         x: values.
         dims: dimensions that share a step; they are kept with size one.
-        high: the largest integer.
+        high: the largest integer, or what takes its place.
     """
     return (x.detach().abs().amax(dims, keepdim=True) / high).clamp_min(LEAST_STEP)
 

@@ -6,7 +6,7 @@ autocast the integers are exact in bfloat16 (eight bits of significand), which a
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,10 +59,13 @@ class WeightRounding(torch.nn.Module):
         self.low, self.high = qat_rounding.integer_range(self.bits)
         self.learned = config.learns_steps
         self.rule = config.rule
+        if self.rule == "span":
+            self.low = -self.high - 1  # of weights the kernels take -128, too
+        self.follows = self.rule in ("max", "span") and not self.learned
         self.enabled = True
         self.frozen = False
         blocks = self._blocks(wide(weight.detach()))
-        step = None if self.rule == "max" and not self.learned else self._steps(blocks)
+        step = None if self.follows else self._steps(blocks)
         if step is not None and self.learned:
             self.step = torch.nn.Parameter(step)
         else:
@@ -84,6 +87,8 @@ class WeightRounding(torch.nn.Module):
         dims = (2,) if self.group_size else tuple(range(1, blocks.dim()))
         if self.rule == "max":
             return qat_rounding.step_by_max(blocks, dims, self.high)
+        if self.rule == "span":
+            return qat_rounding.step_by_max(blocks, dims, (self.high - self.low) / 2)
         if self.rule == "mean":
             return qat_rounding.step_by_mean(blocks, dims, self.high)
         return qat_rounding.step_by_error(blocks, dims, self.low, self.high)
@@ -91,7 +96,7 @@ class WeightRounding(torch.nn.Module):
     def freeze(self, frozen: bool, weight: torch.Tensor) -> None:
         """Keep steps as they are for `weight`, or, where `frozen` is False, let them learn or follow it again."""
         self.frozen = frozen
-        if self.rule == "max" and not self.learned:
+        if self.follows:
             self.step = self._steps(self._blocks(wide(weight.detach()))) if frozen else None
 
     def current_step(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -106,6 +111,14 @@ class WeightRounding(torch.nn.Module):
                 )
             step = step.abs().clamp_min(qat_rounding.LEAST_STEP)
         return _as_half(step) if self.group_size else step
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Take steps that were frozen when the state was made, and be as frozen as it was."""
+        if self.follows:
+            kept = state_dict.get(f"{prefix}step")
+            self.frozen = kept is not None
+            self.step = None if kept is None else torch.empty_like(kept)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def integers(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Round, keeping integers, steps and minima apart.
@@ -176,7 +189,7 @@ class InputRounding(torch.nn.Module):
         self.by_sample = by_sample
         self.grouped = grouped
         self.learned = config.learns_steps and self.mode == "static"
-        self.rule = config.rule if self.learned else "error"
+        self.rule = config.rule if self.learned and config.rule != "span" else "error"
         self.enabled = True
         self.frozen = False
         self.observing = False

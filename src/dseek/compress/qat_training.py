@@ -140,33 +140,50 @@ def freeze_batch_norm(module: torch.nn.Module, *, frozen: bool = True) -> None:
 
 
 def parameter_groups(
-    module: torch.nn.Module, *, learning_rate: float, weight_decay: float = 0.0, step_learning_rate: float | None = None
+    module: torch.nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    step_learning_rate: float | None = None,
+    adaptive: bool = True,
 ) -> list[dict[str, Any]]:
     """Sort parameters for an optimiser: weights that decay, vectors that do not, learned steps by themselves.
+
+    Steps never decay: a decaying step would shrink its range for no reason. Their gradient is scaled (LSQ) so that with
+    plain gradient descent they change as fast as their layer's weights do, relative to their size. Adam and its kin
+    divide by the gradient's size, which undoes the scaling and would change a step of 0.001 as fast as a weight of 0.1;
+    for them the same balance is made by the rate, so that each step has a group of its own.
 
     Args:
         module: of `prepare`.
         learning_rate: of everything but the steps.
-        weight_decay: of parameters of two or more dimensions. A decaying step would shrink its range for no reason.
-        step_learning_rate: of learned steps; None is `learning_rate`.
+        weight_decay: of parameters of two or more dimensions.
+        step_learning_rate: what takes the place of `learning_rate` for steps; None is the same.
+        adaptive: whether the optimiser normalises gradients (Adam, AdamW, Adafactor, RMSprop), or not (SGD).
 
     Returns:
-        Groups in the form that `torch.optim` takes; those without parameters are left out.
+        Groups in the form that `torch.optim` takes, those of steps last; those without parameters are left out.
     """
-    steps, matrices, vectors = [], [], []
-    for name, parameter in module.named_parameters():
-        if name.endswith(tuple(f"{added}.step" for added in ADDED)):
-            steps.append(parameter)
-        elif parameter.dim() >= 2:
-            matrices.append(parameter)
-        else:
-            vectors.append(parameter)
     rate = learning_rate if step_learning_rate is None else step_learning_rate
-    groups = [
+    steps: dict[int, tuple[torch.nn.Parameter, float]] = {}
+    for _, layer in rounding_layers(module):
+        size = max(float(layer.rounded_weight().detach().abs().mean()), 1e-12)
+        for part in (layer.weight_rounding, layer.input_rounding):
+            if part.learned:
+                step = part.step
+                assert isinstance(step, torch.nn.Parameter)
+                steps[id(step)] = step, rate * float(step.detach().abs().mean()) / size if adaptive else rate
+    others = [parameter for parameter in module.parameters() if id(parameter) not in steps]
+    matrices = [parameter for parameter in others if parameter.dim() >= 2]
+    vectors = [parameter for parameter in others if parameter.dim() < 2]
+    groups: list[dict[str, Any]] = [
         {"params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
         {"params": vectors, "lr": learning_rate, "weight_decay": 0.0},
-        {"params": steps, "lr": rate, "weight_decay": 0.0},
     ]
+    if adaptive:
+        groups += [{"params": [step], "lr": own, "weight_decay": 0.0} for step, own in steps.values()]
+    else:
+        groups.append({"params": [step for step, _ in steps.values()], "lr": rate, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels.h"
 #include "vec.h"
@@ -10,12 +11,23 @@
 namespace dseek {
 namespace DSEEK_VARIANT {
 
-// Sixteen bytes, widened.
-template <class T>
-inline i32x16 load_bytes(const T* source) {
-    int32_t values[16];
-    for (int lane = 0; lane < 16; ++lane) values[lane] = source[lane];
-    return load(values);
+// Sixteen bytes at any address, as 32-bit integers.
+template <class Byte>
+inline i32x16 load_bytes(const Byte* source) {
+    constexpr bool kSigned = std::is_signed_v<Byte>;
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    return reinterpret_cast<i32x16>(kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
+#elif defined(__AVX2__)
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
+    const __m128i upper = _mm_srli_si128(bytes, 8);
+    return {reinterpret_cast<i32x16::Part>(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes)),
+            reinterpret_cast<i32x16::Part>(kSigned ? _mm256_cvtepi8_epi32(upper) : _mm256_cvtepu8_epi32(upper))};
+#else
+    int32_t wide[16];
+    for (int lane = 0; lane < 16; ++lane) wide[lane] = source[lane];
+    return load(wide);
+#endif
 }
 
 inline float largest_of_run(const float* x, size_t count) {
@@ -36,20 +48,21 @@ inline void round_run(const float* x, size_t count, const RoundingRange& range, 
     const f32x16 high = splat(static_cast<float>(range.high));
     const f32x16 magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an even integer in the low mantissa bits
     const int32_t offset = 128 - range.zero;
-    const auto rounded = [&](f32x16 value, uint8_t* bytes) {
-        const f32x16 scaled = min(max(value / step, low), high);
-        int32_t values[16];
-        store(values, to_int((scaled + magic) - magic) + offset);
-        for (int lane = 0; lane < 16; ++lane) bytes[lane] = static_cast<uint8_t>(values[lane]);
+    int32_t rounded[16];
+    const auto round_sixteen = [&](const float* source) {
+        const f32x16 scaled = min(max(load(source) / step, low), high);
+        store(rounded, to_int((scaled + magic) - magic) + offset);
     };
     size_t i = 0;
-    for (; i + 16 <= count; i += 16) { rounded(load(x + i), out + i); }
+    for (; i + 16 <= count; i += 16) {
+        round_sixteen(x + i);
+        for (int lane = 0; lane < 16; ++lane) out[i + lane] = static_cast<uint8_t>(rounded[lane]);
+    }
     if (i < count) {
         float rest[16] = {};
-        uint8_t bytes[16];
         std::copy(x + i, x + count, rest);
-        rounded(load(rest), bytes);
-        std::memcpy(out + i, bytes, count - i);
+        round_sixteen(rest);
+        for (size_t lane = 0; lane < count - i; ++lane) out[i + lane] = static_cast<uint8_t>(rounded[lane]);
     }
 }
 
@@ -57,13 +70,12 @@ inline void round_run(const float* x, size_t count, const RoundingRange& range, 
 template <int kPixels>
 inline void depthwise_block(const DepthwiseCall& call, int pixel, int channel) {
     i32x16 acc[kPixels];
-    const i32x16 start = load(call.start + channel);
-    for (int p = 0; p < kPixels; ++p) acc[p] = start;
+    for (int p = 0; p < kPixels; ++p) acc[p] = load(call.start + channel);
     const uint8_t* image = call.image + static_cast<size_t>(pixel) * call.pixel_stride + channel;
     for (int tap = 0; tap < call.taps; ++tap) {
         const i32x16 weight = load_bytes(call.weight + static_cast<size_t>(tap) * call.channels_padded + channel);
         for (int p = 0; p < kPixels; ++p) {
-            acc[p] += load_bytes(image + p * call.pixel_stride + call.offsets[tap]) * weight;
+            acc[p] += load_bytes(image + static_cast<size_t>(p) * call.pixel_stride + call.offsets[tap]) * weight;
         }
     }
     const f32x16 scale = load(call.scale + channel) * call.step, bias = load(call.bias + channel);
@@ -71,12 +83,13 @@ inline void depthwise_block(const DepthwiseCall& call, int pixel, int channel) {
     for (int p = 0; p < kPixels; ++p) {
         const f32x16 value = to_float(acc[p]) * scale + bias;
         float* out = call.out + static_cast<size_t>(pixel + p) * call.channels + channel;
-        if (count == 16) store(out, value);
-        else {
-            float rest[16];
-            store(rest, value);
-            std::copy(rest, rest + count, out);
+        if (count == 16) {
+            store(out, value);
+            continue;
         }
+        float lanes[16];
+        store(lanes, value);
+        std::copy(lanes, lanes + count, out);
     }
 }
 
