@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.sanitizer import encoder_decoders
 from tests.sanitizer.decoders import FORMATS, Sizes, batch, build
 from tests.sanitizer.process import load
 
@@ -120,6 +121,7 @@ class Caller:
         self.native = native
         self.rng = rng
         self.decoder = build(native, SIZES)
+        self.translator = encoder_decoders.build(native, rng)
         self.worked: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
 
@@ -151,6 +153,8 @@ class Caller:
 
     def arguments(self, name: str) -> Arguments:
         """Make arguments that are right."""
+        if name.startswith("EncoderDecoder"):
+            return encoder_decoders.arguments(self.native, name, self.rng)
         rng, floats = self.rng, self.floats
         query, kv = SIZES.heads * SIZES.head_dim, SIZES.kv_heads * SIZES.head_dim
         makers: dict[str, Callable[[], Arguments]] = {
@@ -340,6 +344,10 @@ class Caller:
             decoder = self.native.Decoder(**self.arguments("Decoder"))  # one whose cache nothing else allocates
             decoder.set_pattern(0, near_blocks=[1, 1], top_blocks=1)
             decoder.allocate_cache(2)
+        if owner == "EncoderDecoder":
+            decoder = self.translator
+            if method.startswith("add_"):
+                decoder = self.native.EncoderDecoder(**encoder_decoders.SIZES)  # one that has no layers yet
         function = getattr(decoder if owner else self.native, method)
         try:
             function(**arguments)
@@ -376,8 +384,12 @@ def repeat_findings(native: ModuleType) -> None:
 def names_of(native: ModuleType) -> list[str]:
     """List everything that can be called."""
     functions = [name for name in dir(native) if not name.startswith("_") and callable(getattr(native, name))]
-    methods = [name for name in dir(native.Decoder) if not name.startswith("_")]
-    return functions + [f"Decoder.{name}" for name in methods if callable(getattr(native.Decoder, name))]
+    return functions + [
+        f"{owner}.{name}"
+        for owner in ("Decoder", "EncoderDecoder")
+        for name in dir(getattr(native, owner))
+        if not name.startswith("_") and callable(getattr(getattr(native, owner), name))
+    ]
 
 
 def main(seed: int, count: int) -> None:
@@ -389,10 +401,11 @@ def main(seed: int, count: int) -> None:
     repeat_findings(native)
     caller = Caller(native, rng)
     names = names_of(native)
-    weights = np.array([4.0 if name.startswith("Decoder.") else 1.0 for name in names])
+    weights = np.array([4.0 if "Decoder." in name else 1.0 for name in names])
     for number in range(count):
         if number % 400 == 0:
             caller.decoder = build(native, SIZES, seed=number)
+            caller.translator = encoder_decoders.build(native, rng)
         caller.call(str(rng.choice(names, p=weights / weights.sum())), harm=rng.random() < 0.9)
     for name in names:
         print(name, caller.worked[name], caller.refused[name])

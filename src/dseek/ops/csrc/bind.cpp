@@ -6,6 +6,7 @@
 #include <climits>
 
 #include "bind_attention.h"
+#include "bind_encoder_decoder.h"
 #include "common/cpu.h"
 #include "matmul.h"
 
@@ -153,4 +154,5 @@ NB_MODULE(_native, module) {
     bind_attention(module);
     bind_measurements(module);
     bind_decoder(module);
+    bind_encoder_decoder(module);
 }
