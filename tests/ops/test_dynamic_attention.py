@@ -111,7 +111,7 @@ def test_cells_of_equal_keys_and_values_stand_for_their_tokens_exactly(attention
     q = draw(1500, 2, 8)
     k, v = (draw(3, 1, 8, seed=seed).repeat_interleave(512, dim=0)[:1500] for seed in (1, 2))
     out = attention(q, k, v, AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=0, far=True))
-    # Two sums of up to 1500 terms of about 1, in different orders: each may be off by 1500 half units in the last place.
+    # Two sums of up to 1500 terms of about 1, in different orders: each may be off by 1500 half units.
     bound = 1500 * torch.finfo(torch.float64).eps
     torch.testing.assert_close(out, causal_attention(q, k, v), rtol=0, atol=bound)
 
