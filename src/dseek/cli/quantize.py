@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=METHODS,
         default="auto",
-        help="rounding to nearest, GPTQ, factors against outliers, or both (default: with texts the best that was "
-        "measured, without rtn)",
+        help="rounding to nearest, GPTQ, factors against outliers, or both (default: with texts GPTQ, with factors "
+        "before it beside int8 activations; without, rtn)",
     )
     group.add_argument(
         "--text", nargs="+", action="append", metavar="FILE", help="texts to calibrate with, UTF-8, like those to come"

@@ -101,7 +101,10 @@ class RoundedLayer:
 
 
 def best_method(scheme: Scheme) -> Method:
-    """Name the method that was measured to cost a model least, where there are texts.
+    """Name the method that is taken where there are texts.
+
+    Beside int8 activations the two together were seen to help (`docs/lab-log.md`); GPTQ alone for the others is a
+    choice that no measurement of ours stands behind yet.
 
     Args:
         scheme: the integers.

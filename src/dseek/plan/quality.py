@@ -5,6 +5,9 @@ The figures are priors, measured once on SmolLM2-135M-Instruct, not on the user'
 and text with `dseek eval MODEL --text FILE --precision P` beside `--precision fp32`. Losses of weights and cache are
 taken to add up.
 
+The figure of i8p, int8 channels without a rotation, is that of rounding to nearest (`docs/lab-log.md`, W8A8 by channel
+and token).
+
 Where projections differ in format, each is charged for its own share of the loss (`prior_losses`): its share of the
 weights times how sensitive its role is at its depth, which `python -m benchmarks.experiments.sensitivity` measured.
 Losses measured for a model's own tensors may replace any of these (`plan.make`).
