@@ -99,7 +99,7 @@ def mixture(base: Plan, accepted_loss: float) -> Plan:
     def num_bytes(weights: Weights) -> float:
         return cost.weight_bytes(base.shape, dataclasses.replace(base, layer_formats=weights.layer_formats).layout())[0]
 
-    mixed = mixing.mix(wide, narrow, losses, accepted_loss, num_bytes)
+    mixed = mixing.mix(wide, [narrow], losses, accepted_loss, num_bytes)
     assert mixed is not None
     assert mixed.loss <= accepted_loss
     return dataclasses.replace(base, precision="mixed", layer_formats=mixed.layer_formats)

@@ -39,6 +39,7 @@ def make_plan(**changes: Any) -> Any:
         "max_batch": 8,
         "prefill_chunk_tokens": 64,
         "attention_patterns": (DENSE,),
+        "activation_limits": (),
     }
     return SimpleNamespace(**(fields | changes))
 

@@ -28,7 +28,9 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("DSEEK_PRECISION_MODE", "DSEEK_NUM_THREADS", "DSEEK_KERNELS"):
         monkeypatch.delenv(name, raising=False)
-    model = SimpleNamespace(shape=SMALL, encodings=lambda: {"Q8_0": SMALL.num_parameters()}, close=lambda: None)
+    path = Path("some-model")
+    encodings = {"Q8_0": SMALL.num_parameters()}
+    model = SimpleNamespace(shape=SMALL, path=path, encodings=lambda: encodings, close=lambda: None)
     monkeypatch.setattr(files, "open_model", lambda name: model)
     monkeypatch.setattr(gate_file, "find_gates", lambda files: None)
     monkeypatch.setattr(measuring, "load_or_measure", lambda **_: machine(with_torch=True))

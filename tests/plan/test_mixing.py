@@ -138,7 +138,7 @@ def test_what_hurts_least_is_narrowed_first() -> None:
             losses[layer, role, "i8g"] = 0.0
             losses[layer, role, "i4g"] = 0.01 if (layer, role) in ((3, "down"), (7, "qkv")) else 0.5
     wide, narrow = (uniform(BY_FORMAT[name], SMALL, losses) for name in ("i8g", "i4g"))
-    mixture = mixing.mix(wide, narrow, losses, 0.03, bytes_of)
+    mixture = mixing.mix(wide, [narrow], losses, 0.03, bytes_of)
     assert mixture is not None
     places = {
         (layer, role)
@@ -148,9 +148,9 @@ def test_what_hurts_least_is_narrowed_first() -> None:
     }
     assert places == {(3, "down"), (7, "qkv")}
     assert (mixture.precision, mixture.loss) == ("mixed", pytest.approx(0.02))
-    assert mixing.mix(wide, narrow, losses, 0.009, bytes_of) is None
-    assert mixing.mix(wide, narrow, losses, 1e3, bytes_of) is None
-    assert mixing.mix(wide, narrow, losses, 0.03, lambda weights: 1.0) is None
+    assert mixing.mix(wide, [narrow], losses, 0.009, bytes_of) is None
+    assert mixing.mix(wide, [narrow], losses, 1e3, bytes_of) is None
+    assert mixing.mix(wide, [narrow], losses, 0.03, lambda weights: 1.0) is None
 
 
 def test_measured_losses_replace_the_prior() -> None:

@@ -218,6 +218,8 @@ def _case(
 
 def _summary(llm: LLM, bounds: Limits | None, cases: list[Case]) -> dict[str, Any]:
     """Everything, for machines."""
+    from dseek.cli.report import fallbacks
+
     errors = [error for case in cases for error in case.errors()]
     return {
         "model": llm.files.name,
@@ -229,6 +231,7 @@ def _summary(llm: LLM, bounds: Limits | None, cases: list[Case]) -> dict[str, An
         "limits": asdict(bounds) if bounds else None,
         "median_prediction_error": statistics.median(errors) if errors else None,
         "cases": [asdict(case) for case in cases],
+        **fallbacks(llm),
     }
 
 

@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DseekError: the model, the text or an option is unusable.
     """
+    from dseek.cli.report import fallbacks
     from dseek.engine.evaluate import evaluate
     from dseek.engine.prompts import text_token_ids
 
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             found = {"model": llm.files.name, "text": args.text, "precision": llm.plan.precision}
             found |= {"kernels": llm.plan.kernels, "cache_dtype": llm.plan.cache_dtype, **asdict(scores)}
-            print(json.dumps(found | {"tokens_s": scores.tokens_s}))
+            print(json.dumps(found | {"tokens_s": scores.tokens_s, **fallbacks(llm)}))
         else:
             print(f"perplexity           {scores.perplexity:.4f}")
             print(f"next-token accuracy  {scores.accuracy:.2%}")

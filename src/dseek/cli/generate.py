@@ -138,7 +138,7 @@ def _context(args: argparse.Namespace, files: ModelFiles, num_prompt_tokens: int
 
 def _finish(args: argparse.Namespace, llm: LLM, request: Request, load_s: float) -> None:
     """Print what comes after the answer."""
-    from dseek.cli.report import plan_line, planned_machine, speed_line, speeds
+    from dseek.cli.report import fallback_line, fallbacks, plan_line, planned_machine, speed_line, speeds
 
     output = request.output()
     machine = planned_machine(llm.plan)
@@ -152,6 +152,7 @@ def _finish(args: argparse.Namespace, llm: LLM, request: Request, load_s: float)
             "kernels": llm.plan.kernels,
             "num_threads": llm.plan.num_threads,
             "load_s": load_s,
+            **fallbacks(llm),
             **speeds(output, llm.plan, machine),
         }
         print(json.dumps(found))
@@ -159,4 +160,4 @@ def _finish(args: argparse.Namespace, llm: LLM, request: Request, load_s: float)
     print(flush=True)
     if not args.quiet:
         print(f"dseek: {speed_line(output, llm.plan, machine)}", file=sys.stderr)
-        print(f"dseek: {plan_line(llm.plan)}; ready after {load_s:.2f} s", file=sys.stderr)
+        print(f"dseek: {plan_line(llm.plan)}; ready after {load_s:.2f} s{fallback_line(llm)}", file=sys.stderr)

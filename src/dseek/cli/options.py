@@ -121,11 +121,25 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """
     group = parser.add_argument_group("how it runs")
     group.add_argument("--plan", metavar="FILE", help="run a plan saved by `dseek plan --save` and decide nothing anew")
+    add_calibration_option(group)
     add_precision_options(group, "the plan's")
     group.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: the plan's choice)")
     group.add_argument("--context", type=positive_int, metavar="N", help="tokens a conversation may hold")
     add_position_options(group)
     add_attention_options(group)
+
+
+def add_calibration_option(parser: argparse._ActionsContainer) -> None:
+    """Add --calibration.
+
+    Args:
+        parser: the verb's parser, or a group of it.
+    """
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="plan with what `dseek calibrate` measured of this model (default: calibration.json beside it, if any)",
+    )
 
 
 def add_shard_option(parser: argparse.ArgumentParser) -> None:
@@ -360,6 +374,7 @@ def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overr
         "plan": args.plan,
         "context": args.context,
         "threads": args.threads,
+        "calibration": args.calibration,
         "max_position_embeddings": args.max_position_embeddings,
         "rope_scaling": args.rope_scaling,
         **attention_from(args),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dseek.cli.options import (
     add_attention_options,
+    add_calibration_option,
     add_json,
     add_model,
     add_position_options,
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-limit", type=_size, metavar="SIZE", help="memory allowed, such as 8GB or 900MB")
     add_precision_options(parser, "chosen")
     parser.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: chosen)")
+    add_calibration_option(parser)
     parser.add_argument("--save", metavar="FILE", help="write the plan to a file that every command takes as --plan")
     add_request_options(parser, "--prompt")
     add_attention_options(parser.add_argument_group("attention"))
@@ -75,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             attention cannot be drawn.
     """
     from dseek.cli.measuring import measured_machine, shown_calibration
+    from dseek.engine.calibrated import calibrated
     from dseek.engine.head_facts import head_facts
     from dseek.plan.attention_wish import AttentionWish
     from dseek.plan.objective import DEFAULT_QUALITY_LOSS, Objective
@@ -104,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         shape, encodings = files.shape, files.encodings()
         with shown_calibration():
             heads = head_facts(files, wish)
+        measured = calibrated(files, args.calibration)
     finally:
         files.close()
     machine = measured_machine()
@@ -117,6 +121,7 @@ def run(args: argparse.Namespace) -> int:
         num_threads=args.threads,
         attention=wish,
         heads=heads,
+        **measured,
     )
     if args.save:
         plan.save(args.save)
@@ -154,6 +159,7 @@ def _summary(plan: Plan, machine: Machine) -> Table:
     from rich.table import Table
 
     from dseek.hardware.store import BUSY
+    from dseek.plan.activation_limits import FACTOR
     from dseek.plan.attention_wish import dense_heads_text, patterns_text
     from dseek.plan.explain import size_text
     from dseek.plan.weights import formats_text
@@ -183,6 +189,11 @@ def _summary(plan: Plan, machine: Machine) -> Table:
         ("memory", memory),
         ("loading", f"{predicted.load_s:.2f} s"),
     )
+    watched = sum(any(limits.by_role().values()) for limits in plan.activation_limits)
+    if watched:
+        rows += (
+            ("inputs", f"of {watched} layers are watched; beyond {FACTOR:g} times the calibrated, a wider format"),
+        )
     if machine.other_load > BUSY:
         busy = f"others kept {machine.other_load:.1f} processors busy while the machine was measured"
         rows += (("beware", f"{busy}; when it is quiet, run `dseek doctor --refresh`"),)

@@ -15,6 +15,7 @@ from dseek.core import environment
 from dseek.core.errors import DseekError
 
 if TYPE_CHECKING:
+    from dseek.engine.llm import LLM
     from dseek.engine.request import RequestOutput
     from dseek.hardware.machine import Machine
     from dseek.plan.plan import Plan
@@ -185,3 +186,28 @@ def plan_line(plan: Plan) -> str:
     sparse = any(pattern.kind != "dense" for pattern in plan.attention_patterns)
     attention = f", attention: {patterns_text(plan.attention_patterns)}" if sparse else ""
     return f"{plan.precision} on {plan.kernels} kernels, {threads}, {cache}{attention}"
+
+
+def fallbacks(llm: LLM) -> dict[str, object]:
+    """Tell what was computed in a wider dtype, as `--json` has it.
+
+    Args:
+        llm: the model that ran.
+
+    Returns:
+        `fallbacks` with the calls of layers, in all and by layer; nothing where the plan watches nothing.
+    """
+    guard = llm.engine.runner.guard
+    return {} if guard is None else {"fallbacks": guard.as_plain()}
+
+
+def fallback_line(llm: LLM) -> str:
+    """Tell it for people; empty where nothing fell back.
+
+    Args:
+        llm: the model that ran.
+    """
+    guard = llm.engine.runner.guard
+    if guard is None or not guard.num_fallbacks:
+        return ""
+    return f"; {guard.num_fallbacks} times a layer was computed in a wider format"

@@ -81,6 +81,7 @@ def load(
     attention_far: bool | None = None,
     attention_min_share: float | None = None,
     shard_strategy: ShardStrategy | None = None,
+    calibration: str | Path | None = None,
 ) -> LLM:
     """Open a model, plan its run and make it ready to answer.
 
@@ -114,6 +115,8 @@ def load(
             None chooses, or lets a block's first query choose where `attention_top_blocks` or `attention_far` says so.
         shard_strategy: how ranks share out long prompts: auto, contiguous or zigzag; None runs alone. All ranks of the
             default process group, or of torchrun, then call this and everything else alike.
+        calibration: file that `dseek calibrate` wrote for this model, whose losses and ranges the plan is made from;
+            None takes the one beside the model, if there is one.
 
     Returns:
         The loaded model.
@@ -154,6 +157,7 @@ def load(
                 answer_tokens=answer_tokens,
                 max_position_embeddings=max_position_embeddings,
                 attention=wish,
+                calibration=calibration,
             )
         host: dict[str, Any] = {"machine": machine, "threads": threads, "memory_limit_bytes": memory_limit_bytes}
         made = make_plan(
@@ -167,6 +171,7 @@ def load(
             objective=objective,
             max_quality_loss=max_quality_loss,
             attention=wish,
+            calibration=calibration,
             **(host if ranks is None else sharding.share_of_host(**host)),
         )
         return made if ranks is None else sharding.with_longer_steps(made, ranks.world_size)

@@ -10,6 +10,7 @@ import numpy as np
 
 from dseek.core.attention_pattern import num_levels
 from dseek.core.errors import ConfigError
+from dseek.engine.activation_guard import ActivationGuard
 from dseek.engine.batch import Batch
 from dseek.engine.planned_gates import planned_gates
 from dseek.engine.runner import Runner
@@ -17,8 +18,8 @@ from dseek.models.encoding import to_float32
 from dseek.models.files import ModelFiles
 from dseek.models.rope import rope_table
 from dseek.ops import native
-from dseek.ops.linear.packing import interleave, pack, pad
-from dseek.plan.formats import LayerFormats
+from dseek.ops.linear.packing import check_finite, interleave, pack, pad
+from dseek.plan.formats import ROLES, LayerFormats, WeightFormat
 from dseek.plan.layout import PAGE_TOKENS
 from dseek.plan.plan import Plan
 
@@ -30,12 +31,17 @@ _ROLES = {
 }
 
 
+WIDE_FORMAT: WeightFormat = "bf16"
+"""What a layer falls back to: inputs in bf16 have the range of fp32, and no step that one large value sets for all."""
+
+
 class NativeRunner(Runner):
     """Packed weights, cache and kernels of one model.
 
     Args:
         files: the opened model; its weights are packed here and its pages may then be dropped.
-        plan: formats, attention, cache, threads.
+        plan: formats, attention, cache, threads. Where it limits the inputs of projections, a batch in which a layer's
+            are beyond that is computed again with the layer in `WIDE_FORMAT`, for which its weights are packed again.
 
     Raises:
         ConfigError: there are no native kernels, or the plan's pages have another size than theirs.
@@ -48,6 +54,12 @@ class NativeRunner(Runner):
         compiled.set_num_threads(plan.num_threads)
         self._decoder: Any | None = _build(compiled, files, plan)
         self._decoder.allocate_cache(plan.num_pages)
+        self._files = files
+        self._widened: set[int] = set()
+        if plan.activation_limits:
+            self.guard = ActivationGuard(plan.activation_limits)
+            for layer, limits in enumerate(plan.activation_limits):
+                self._decoder.set_limits(layer, list(limits.by_role().values()))
         self.num_pages = plan.num_pages
         self.weight_bytes: int = self._decoder.weight_bytes
         """Bytes of packed weights that a decode step of one sequence reads."""
@@ -63,7 +75,8 @@ class NativeRunner(Runner):
         Returns:
             float32 [L, V].
         """
-        return self._forward(batch)
+        logits = self._forward(batch)
+        return logits if self.guard is None else self._within_limits(batch, logits, self.guard)
 
     def forward_part(self, part: Batch, whole: Batch, exchange: Callable[[int], None]) -> np.ndarray:
         """Compute some rows of a batch whose other rows somebody else computes.
@@ -76,11 +89,14 @@ class NativeRunner(Runner):
                 what it raises ends the call and is raised by it.
 
         Returns:
-            float32 [L, V] for `part.logit_rows`.
+            float32 [L, V] for `part.logit_rows`. Limits of the plan are not watched here.
         """
         ends = whole.row_starts[1:] - 1
         spans = np.stack([whole.positions[whole.row_starts[:-1]], whole.positions[ends] + 1], axis=1)
-        return self._forward(part, exchange=exchange, wholes=(np.ascontiguousarray(spans), whole.page_tables))
+        logits = self._forward(part, exchange=exchange, wholes=(np.ascontiguousarray(spans), whole.page_tables))
+        if self.guard is not None and self._decoder is not None:
+            self._decoder.take_exceeded()  # it is of this batch, and the next one is watched
+        return logits
 
     def _forward(self, batch: Batch, **options: Any) -> np.ndarray:
         assert self._decoder is not None, "the runner is closed"
@@ -88,6 +104,33 @@ class NativeRunner(Runner):
             batch.token_ids, batch.positions, batch.row_starts, batch.page_tables, batch.logit_rows, **options
         )
         return logits
+
+    def _within_limits(self, batch: Batch, logits: np.ndarray, guard: ActivationGuard) -> np.ndarray:
+        """Compute a batch again with wider layers until no other layer's inputs are beyond the plan's limits."""
+        decoder = self._decoder
+        assert decoder is not None
+        wider: set[int] = set()
+        try:
+            while exceeded := [place for place in decoder.take_exceeded() if place // len(ROLES) not in wider]:
+                for layer in sorted({place // len(ROLES) for place in exceeded}):
+                    role = ROLES[min(place for place in exceeded if place // len(ROLES) == layer) % len(ROLES)]
+                    guard.count(layer, guard.beyond(layer, role), batch.num_rows, WIDE_FORMAT)
+                    self._widen(layer)
+                    decoder.swap_wide(layer)
+                    wider.add(layer)
+                logits = self._forward(batch)
+        finally:
+            for layer in wider:
+                decoder.swap_wide(layer)
+        return logits
+
+    def _widen(self, layer: int) -> None:
+        """Pack a layer's weights in the wide format, the first time."""
+        if layer not in self._widened:
+            assert self._decoder is not None
+            wide = _projections(self._files, f"model.layers.{layer}.", LayerFormats.uniform(WIDE_FORMAT))
+            self._decoder.set_wide(layer, **wide)
+            self._widened.add(layer)
 
     def cache_pages(self) -> np.ndarray:
         """Show the memory of the cache, uint8 [pages, layers, bytes]: keys, values and scales as the kernels hold them.
@@ -207,12 +250,9 @@ def _build(compiled: ModuleType, files: ModelFiles, plan: Plan) -> Any:
 
 def _block(files: ModelFiles, prefix: str, formats: LayerFormats) -> dict[str, np.ndarray]:
     """Packed weights, norms and biases of one block, as the decoder takes them."""
-    arrays: dict[str, np.ndarray] = {}
-    for role, weight_format in formats.by_role().items():
-        names = [prefix + name for name in _ROLES[role]]
-        tensors = [files.tensor(name + ".weight") for name in names]
-        arrays[role] = pack(weight_format, tensors, to_float32, interleaved=role == "gate_up")
-        bias = _joined_bias(files, names)
+    arrays = _projections(files, prefix, formats)
+    for role in ROLES:
+        bias = _joined_bias(files, [prefix + name for name in _ROLES[role]])
         if bias is not None:
             arrays[role + "_bias"] = interleave(bias) if role == "gate_up" else pad(bias)
     arrays["input_norm"] = _vector(files, prefix + "input_layernorm.weight")
@@ -220,6 +260,15 @@ def _block(files: ModelFiles, prefix: str, formats: LayerFormats) -> dict[str, n
     if files.shape.qk_norm:
         arrays["query_norm"] = _vector(files, prefix + "self_attn.q_norm.weight")
         arrays["key_norm"] = _vector(files, prefix + "self_attn.k_norm.weight")
+    return arrays
+
+
+def _projections(files: ModelFiles, prefix: str, formats: LayerFormats) -> dict[str, np.ndarray]:
+    """Packed weights of one block's projections."""
+    arrays = {}
+    for role, weight_format in formats.by_role().items():
+        tensors = [files.tensor(f"{prefix}{name}.weight") for name in _ROLES[role]]
+        arrays[role] = pack(weight_format, tensors, to_float32, interleaved=role == "gate_up")
     return arrays
 
 
@@ -231,4 +280,4 @@ def _joined_bias(files: ModelFiles, names: Sequence[str]) -> np.ndarray | None:
 
 
 def _vector(files: ModelFiles, name: str) -> np.ndarray:
-    return np.ascontiguousarray(to_float32(files.tensor(name)), dtype=np.float32).reshape(-1)
+    return np.ascontiguousarray(check_finite(name, to_float32(files.tensor(name))), dtype=np.float32).reshape(-1)

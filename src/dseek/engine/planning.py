@@ -38,6 +38,7 @@ def make_plan(
     memory_limit_bytes: int | None,
     machine: Machine | None,
     attention: AttentionWish | None = None,
+    calibration: str | Path | None = None,
 ) -> Plan:
     """Plan the run of an opened model; the arguments are those of `load`.
 
@@ -55,6 +56,7 @@ def make_plan(
         memory_limit_bytes: see `load`.
         machine: see `load`.
         attention: what `load` was asked for about attention, or None.
+        calibration: see `load`.
 
     Returns:
         The plan.
@@ -63,6 +65,7 @@ def make_plan(
         DseekError: an option is wrong, or memory would not suffice.
     """
     from dseek import plan as planning
+    from dseek.engine.calibrated import calibrated
     from dseek.engine.head_facts import head_facts
     from dseek.plan.objective import DEFAULT_QUALITY_LOSS
 
@@ -93,6 +96,7 @@ def make_plan(
         num_threads=threads,
         attention=attention,
         heads=head_facts(files, attention),
+        **calibrated(files, calibration),
     )
 
 
@@ -108,6 +112,7 @@ def given_plan(
     answer_tokens: int | None = None,
     max_position_embeddings: int | None = None,
     attention: AttentionWish | None = None,
+    calibration: str | Path | None = None,
 ) -> Plan:
     """Read a plan if need be and check it.
 
@@ -123,6 +128,7 @@ def given_plan(
         answer_tokens: what was asked for beside the plan, or None.
         max_position_embeddings: what was asked for beside the plan and given to the model already, or None.
         attention: what was asked for beside the plan, or None.
+        calibration: what was asked for beside the plan, or None.
 
     Returns:
         The plan.
@@ -130,6 +136,11 @@ def given_plan(
     Raises:
         ConfigError: it cannot be read, is for another model, or says something else than was asked for.
     """
+    if calibration is not None:
+        raise ConfigError(
+            "a calibration was given beside a plan, which is made already",
+            remedy="leave out one of them; `dseek plan --calibration FILE --save PLAN` makes a plan from a calibration",
+        )
     if isinstance(plan, (str, Path)):
         from dseek import plan as planning
 

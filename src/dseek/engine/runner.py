@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from dseek.engine.activation_guard import ActivationGuard
 from dseek.engine.batch import Batch
 
 
@@ -21,6 +22,9 @@ class Runner(ABC):
 
     num_pages: int
     """Pages in the cache, set by the constructor; page indices run from 0 to `num_pages - 1`."""
+
+    guard: ActivationGuard | None = None
+    """Counts what was computed in a wider dtype; None where nothing is watched."""
 
     @abstractmethod
     def forward(self, batch: Batch) -> np.ndarray:

@@ -7,6 +7,7 @@ pages, D model width, H query heads, G key and value heads, d head width, V voca
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from dseek.core.errors import ConfigError
+from dseek.engine.activation_guard import ActivationGuard, Trespass
 from dseek.engine.batch import Batch
 from dseek.engine.runner import Runner
 from dseek.models.decoder import Attention, Block, Decoder
@@ -37,12 +39,25 @@ class TorchRunner(Runner):
         page_tokens: positions a page holds.
         context_tokens: longest sequence; a rotation that depends on the length is that of this length for all, so that
             it does not matter how a text is cut into batches.
+        guard: watches the inputs of projections. With it the residual stream is in float32, and a block whose inputs
+            are beyond the guard's limits, or that is not finite, is computed anew in float32; keys and values beyond
+            the cache's range are cut to it. None runs without.
     """
 
-    def __init__(self, decoder: Decoder, *, num_pages: int, page_tokens: int, context_tokens: int) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_pages: int,
+        page_tokens: int,
+        context_tokens: int,
+        guard: ActivationGuard | None = None,
+    ) -> None:
         self.num_pages = num_pages
         self.page_tokens = page_tokens
         self.context_tokens = context_tokens
+        self.guard = guard
+        self._wide: dict[int, Block] = {}
         self._decoder: Decoder | None = decoder.eval()
         shape = decoder.shape
         weight = decoder.model.embed_tokens.weight
@@ -85,6 +100,7 @@ class TorchRunner(Runner):
             num_pages=plan.num_pages,
             page_tokens=plan.page_tokens,
             context_tokens=plan.context_tokens,
+            guard=ActivationGuard(plan.activation_limits) if plan.activation_limits else None,
         )
 
     @torch.inference_mode()
@@ -103,35 +119,96 @@ class TorchRunner(Runner):
 
         # 1. Embed the rows and rotate by their positions.
         x_RD = model.embed_tokens(self._tensor(batch.token_ids))
-        rotation = model.rotary_emb(self._tensor(batch.positions), x_RD.dtype, self.context_tokens)
+        if self.guard is not None:
+            x_RD = x_RD.float()
+        rotation = model.rotary_emb(self._tensor(batch.positions), torch.float32, self.context_tokens)
 
         # 2. The blocks. New keys and values go to the rows' own slots, then each sequence reads all of its slots.
         slots_R = self._tensor(np.concatenate([sequence.slots[sequence.first :] for sequence in sequences]))
-        for layer, block in enumerate(model.layers):
-            assert isinstance(block, Block)
-            attention = block.self_attn
-            q_RHd, k_RGd, v_RGd = _project(attention, block.input_layernorm(x_RD), rotation)
-            self._keys_LSGd[layer, slots_R] = k_RGd
-            self._values_LSGd[layer, slots_R] = v_RGd
-            window = self._window(layer)
-            mixed = [self._attend(layer, q_RHd[sequence.rows], sequence, window) for sequence in sequences]
-            x_RD = x_RD + attention.o_proj(torch.cat(mixed))
-            x_RD = x_RD + block.mlp(block.post_attention_layernorm(x_RD))
+        for layer in range(len(model.layers)):
+            x_RD = self._run_block(layer, x_RD, rotation, slots_R, sequences)
 
         # 3. The head, for the rows whose logits are wanted.
-        wanted = model.norm(x_RD[self._tensor(batch.logit_rows)])
+        wanted = model.norm(x_RD[self._tensor(batch.logit_rows)]).to(self._decoder.lm_head.weight.dtype)
         return self._decoder.lm_head(wanted).float().cpu().numpy()
 
     def close(self) -> None:
         """Free the weights and the cache."""
         self._decoder = None
+        self._wide = {}
         self._keys_LSGd = self._values_LSGd = torch.empty(0)
+
+    def _run_block(
+        self,
+        layer: int,
+        x_RD: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        slots_R: torch.Tensor,
+        sequences: list[_Sequence],
+    ) -> torch.Tensor:
+        """Run a block, in float32 where the guard says so; gives [R, D]."""
+        assert self._decoder is not None
+        block = self._decoder.model.layers[layer]
+        assert isinstance(block, Block)
+        largest: dict[str, torch.Tensor] = {}
+        out_RD = self._block(layer, block, x_RD, rotation, slots_R, sequences, largest)
+        if self.guard is None:
+            return out_RD
+        # One transfer for all of a block's magnitudes.
+        values = torch.stack([*largest.values(), out_RD.abs().amax()]).tolist()
+        trespass: Trespass | None = None
+        for role, value in zip((*largest, "block"), values, strict=True):
+            trespass = trespass or self.guard.judge(layer, role, value)
+        if trespass is None:
+            return out_RD
+        self.guard.count(layer, trespass, len(x_RD), "float32")
+        if layer not in self._wide:
+            self._wide[layer] = copy.deepcopy(block).float()
+        return self._block(layer, self._wide[layer], x_RD, rotation, slots_R, sequences, {})
+
+    def _block(
+        self,
+        layer: int,
+        block: Block,
+        x_RD: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        slots_R: torch.Tensor,
+        sequences: list[_Sequence],
+        largest: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Run a block in the dtype of its weights; notes the largest magnitude that goes into each projection."""
+        attention, mlp = block.self_attn, block.mlp
+        dtype = attention.o_proj.weight.dtype
+
+        def narrowed(role: str, inputs: torch.Tensor) -> torch.Tensor:
+            if self.guard is not None:
+                largest[role] = inputs.abs().amax().float()
+            return inputs.to(dtype)
+
+        cos, sin = (part.to(dtype) for part in rotation)
+        q_RHd, k_RGd, v_RGd = _project(attention, narrowed("qkv", block.input_layernorm(x_RD)), (cos, sin))
+        self._keys_LSGd[layer, slots_R] = self._for_cache(k_RGd)
+        self._values_LSGd[layer, slots_R] = self._for_cache(v_RGd)
+        window = self._window(layer)
+        mixed = [self._attend(layer, q_RHd[sequence.rows], sequence, window) for sequence in sequences]
+        x_RD = x_RD + attention.o_proj(narrowed("output", torch.cat(mixed)))
+        inputs_RD = narrowed("gate_up", block.post_attention_layernorm(x_RD))
+        hidden_RF = F.silu(mlp.gate_proj(inputs_RD)) * mlp.up_proj(inputs_RD)
+        return x_RD + mlp.down_proj(narrowed("down", hidden_RF))
+
+    def _for_cache(self, x_RGd: torch.Tensor) -> torch.Tensor:
+        """Keys or values in the cache's dtype, cut to its range where they are wider."""
+        dtype = self._keys_LSGd.dtype
+        if x_RGd.dtype == dtype:
+            return x_RGd
+        largest = torch.finfo(dtype).max
+        return x_RGd.clamp(-largest, largest).to(dtype)
 
     def _attend(self, layer: int, q_THd: torch.Tensor, sequence: _Sequence, window: int | None) -> torch.Tensor:
         """Let a sequence's rows attend to all of it up to themselves; gives [T, H d]."""
         slots_S = self._tensor(sequence.slots)
-        k_GSd = self._keys_LSGd[layer, slots_S].transpose(0, 1)
-        v_GSd = self._values_LSGd[layer, slots_S].transpose(0, 1)
+        k_GSd = self._keys_LSGd[layer, slots_S].transpose(0, 1).to(q_THd.dtype)
+        v_GSd = self._values_LSGd[layer, slots_S].transpose(0, 1).to(q_THd.dtype)
         mask_TS = None
         is_causal = sequence.first == 0 and window is None and len(q_THd) > 1
         if not is_causal and (len(q_THd) > 1 or window is not None):

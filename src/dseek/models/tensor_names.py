@@ -136,3 +136,12 @@ def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     if not shape.tie_word_embeddings:
         tensors["lm_head.weight"] = (shape.vocab_size, hidden)
     return tensors
+
+
+ROLE_MODULES: dict[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "output": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+"""Linear layers of a block that are fused into one projection, by `ModelShape.linear_sizes`' name of it."""

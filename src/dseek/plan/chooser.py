@@ -6,7 +6,7 @@ that comes first in the choice's own order is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dseek.core.errors import ConfigError, MemoryLimitError
@@ -54,12 +54,21 @@ class Chooser:
         machine: the measurements.
         objective: what for.
         wishes: what is decided already.
+        cache_losses: what cache dtypes lose, where that was measured.
 
     Raises:
         ConfigError: the objective's lengths do not fit the model.
     """
 
-    def __init__(self, shape: ModelShape, machine: Machine, objective: Objective, wishes: Wishes) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        machine: Machine,
+        objective: Objective,
+        wishes: Wishes,
+        cache_losses: Mapping[str, float] | None = None,
+    ) -> None:
+        self._cache_losses = cache_losses
         self.shape = shape
         self.machine = machine
         self.objective = objective
@@ -82,7 +91,7 @@ class Chooser:
         predicted = cost.predict(
             self.shape, self.machine, layout, prompt_tokens=self.prompt, context_tokens=self.prompt, batch=batch
         )
-        loss = weights.loss + quality.cache_loss(layout.cache_dtype)
+        loss = weights.loss + self.cache_loss(layout.cache_dtype)
         # Any request may fill the context, so that is the length the loss is foreseen for.
         loss += attention_loss(self.shape, layout.attention_patterns, self.context)
         refused = ""
@@ -99,6 +108,14 @@ class Chooser:
             score=self.score(predicted, batch),
             refused=refused,
         )
+
+    def cache_loss(self, cache_dtype: str) -> float:
+        """Return what a cache dtype loses.
+
+        Args:
+            cache_dtype: the dtype.
+        """
+        return quality.cache_loss(cache_dtype, self._cache_losses)
 
     def score(self, predicted: Prediction, batch: int) -> float:
         """Cost of a layout, less is better: seconds of a request, seconds a token, or bytes.

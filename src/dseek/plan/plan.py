@@ -20,6 +20,7 @@ from dseek.core.shape import ModelShape
 from dseek.hardware.machine import Machine
 from dseek.hardware.store import load_or_measure
 from dseek.plan import cost, search
+from dseek.plan.activation_limits import CalibratedInputs, LayerLimits, limits_of
 from dseek.plan.attention_wish import AttentionWish
 from dseek.plan.candidates import Wishes
 from dseek.plan.cost import Prediction
@@ -28,7 +29,7 @@ from dseek.plan.formats import CacheDtype, Kernels, LayerFormats, Precision, Wei
 from dseek.plan.head_facts import HeadFacts
 from dseek.plan.layout import PAGE_TOKENS, Layout
 from dseek.plan.objective import MAX_BATCH, MAX_CONTEXT_TOKENS, Objective
-from dseek.plan.quality import LossTable
+from dseek.plan.quality import LossTable, MeasuredLosses
 
 VERSION = 3
 """Version of the JSON."""
@@ -82,6 +83,8 @@ class Plan:
     """Expected for the objective's typical request."""
     choices: tuple[Choice, ...]
     """How it was decided."""
+    activation_limits: tuple[LayerLimits, ...] = ()
+    """How large the inputs of projections may be, layer by layer, where the model was calibrated; empty: any."""
 
     def layout(self) -> Layout:
         """Return the part that time and memory depend on."""
@@ -200,7 +203,8 @@ def make(
     kernels: str | None = None,
     attention: AttentionWish | None = None,
     heads: HeadFacts | None = None,
-    losses: LossTable | None = None,
+    losses: LossTable | MeasuredLosses | None = None,
+    calibrated_inputs: CalibratedInputs | None = None,
 ) -> Plan:
     """Decide how to run a model.
 
@@ -219,7 +223,10 @@ def make(
         attention: what layers attend to, as far as that is decided; None to choose.
         heads: the model's trained gate and the windows of its heads (`dseek.engine.head_facts`); None knows of none.
         losses: what storing projections in a format loses (rise of perplexity, a fraction), by layer, role and weight
-            format, where that was measured for this model; the prior of `plan.quality` stands in for the others.
+            format, where that was measured for this model, alone or with what caches and tables lose; the prior of
+            `plan.quality` stands in for the others.
+        calibrated_inputs: how large the inputs of projections were when the model was calibrated; None does not know,
+            and the plan then sets them no limits.
 
     Returns:
         The plan, with its predictions and how it was decided.
@@ -238,7 +245,8 @@ def make(
         attention=attention or AttentionWish(),
         heads=heads or HeadFacts(),
     )
-    decision = search.decide(shape, machine, objective, encodings, wishes, losses)
+    measured = losses if isinstance(losses, MeasuredLosses) else MeasuredLosses(projections=losses or {})
+    decision = search.decide(shape, machine, objective, encodings, wishes, measured)
     layout = decision.layout
     prompt_tokens, answer_tokens = objective.request(decision.context_tokens)
     return Plan(
@@ -262,6 +270,7 @@ def make(
         num_threads=layout.num_threads,
         predicted=decision.predicted,
         choices=decision.choices,
+        activation_limits=limits_of(layout.layer_formats, layout.kernels, calibrated_inputs),
     )
 
 
@@ -336,6 +345,13 @@ def _check(plan: Plan, where: str) -> None:
                 f"{where}.attention_patterns[{layer}] has a dense head {pattern.dense_heads[-1]}",
                 needed=f"0 to {shape.num_kv_heads - 1}",
             )
+    if len(plan.activation_limits) not in (0, shape.num_layers):
+        raise ConfigError(
+            f"{where}.activation_limits has {len(plan.activation_limits)} entries",
+            needed=f"one a layer, {shape.num_layers}, or none",
+        )
+    if any(limit < 0 for limits in plan.activation_limits for limit in limits.by_role().values()):
+        raise ConfigError(f"{where}.activation_limits has a limit below 0", needed="0 or more")
     if shape.num_heads % shape.num_kv_heads:
         raise ConfigError(f"{where}.shape.num_heads is {shape.num_heads}", needed="a multiple of num_kv_heads")
     if shape.head_dim % 16:

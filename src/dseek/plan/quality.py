@@ -16,6 +16,7 @@ int8 channels without a rotation hold those of a file that was made so, with the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from dseek.core.errors import ConfigError
 from dseek.core.shape import ModelShape
@@ -23,6 +24,29 @@ from dseek.plan.formats import AS_GIVEN, ENCODING_BITS, ROLES, VARIANTS, LayerFo
 
 LossTable = Mapping[tuple[int, str, str], float]
 """Loss of one projection, a fraction, by layer, role and weight format."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredLosses:
+    """What was found out about one model; the priors here stand in for what is missing."""
+
+    projections: LossTable = field(default_factory=dict)
+    """Of projections, each alone in a format."""
+    caches: Mapping[str, float] = field(default_factory=dict)
+    """By cache dtype, a fraction."""
+    tables: Mapping[str, float] = field(default_factory=dict)
+    """By format of embedding and head, a fraction."""
+
+    def __post_init__(self) -> None:
+        """Check the losses of caches and tables; those of projections are checked where the model is known.
+
+        Raises:
+            ConfigError: a loss that is not a number from 0 to 10.
+        """
+        for name, loss in (*self.caches.items(), *self.tables.items()):
+            if not 0.0 <= loss <= 10.0:
+                raise ConfigError(f"a loss of {loss} was given for {name}", needed="a fraction from 0 to 10")
+
 
 WEIGHT_LOSS: dict[str, float] = {
     "f32": 0.0,
@@ -163,10 +187,11 @@ def total_loss(layer_formats: Iterable[LayerFormats], losses: LossTable) -> floa
     )
 
 
-def cache_loss(cache_dtype: str) -> float:
+def cache_loss(cache_dtype: str, measured: Mapping[str, float] | None = None) -> float:
     """Return the loss of a cache dtype.
 
     Args:
         cache_dtype: fp32, bf16 or int8.
+        measured: losses by cache dtype that go before the prior.
     """
-    return CACHE_LOSS[cache_dtype]
+    return CACHE_LOSS[cache_dtype] if measured is None else measured.get(cache_dtype, CACHE_LOSS[cache_dtype])

@@ -1,7 +1,7 @@
 """The search: which formats, cache, threads and chunk serve an objective best, within the quality and memory allowed.
 
 Decisions are taken one after the other, each with everything else at its best so far, so that each can be told in one
-sentence: 1. kernels, 2. batch (only if it is free), 3. formats of the weights and the cache together, mixtures of two
+sentence: 1. kernels, 2. batch (only if it is free), 3. formats of the weights and the cache together, mixtures of
 formats among them (`mixing`), 4. what the layers attend to (`attention`), 5. threads, 6. the prefill chunk. Among
 values whose predicted cost is within 3 % of the best, which is less than the prediction can tell apart, the one with
 the least quality loss, then the least memory or disturbance, is taken (`chooser`).
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ from dseek.plan.explain import Alternative, Choice, loss_text, score_text
 from dseek.plan.formats import CacheDtype, Kernels, Precision
 from dseek.plan.layout import PAGE_TOKENS, Layout
 from dseek.plan.objective import Objective
-from dseek.plan.quality import LossTable
+from dseek.plan.quality import LossTable, MeasuredLosses
 from dseek.plan.weights import Weights, formats_text, uniform
 
 
@@ -52,7 +51,7 @@ def decide(
     objective: Objective,
     encodings: Mapping[str, int],
     wishes: Wishes,
-    measured_losses: LossTable | None = None,
+    measured: MeasuredLosses | None = None,
 ) -> Decision:
     """Search for the best layout.
 
@@ -62,7 +61,7 @@ def decide(
         objective: what for.
         encodings: elements in the file, by encoding.
         wishes: what is decided already.
-        measured_losses: what projections lose, where that was measured; the others are estimated.
+        measured: what formats lose, where that was measured; the others are estimated.
 
     Returns:
         The layout with its prediction and the reasons.
@@ -71,8 +70,9 @@ def decide(
         ConfigError: a wish that cannot be granted.
         MemoryLimitError: nothing allowed fits into the memory.
     """
-    search = Chooser(shape, machine, objective, wishes)
-    losses = quality.completed_losses(shape, encodings, measured_losses)
+    measured = measured or MeasuredLosses()
+    search = Chooser(shape, machine, objective, wishes, measured.caches)
+    losses = quality.completed_losses(shape, encodings, measured.projections)
     kernels = candidates.kernels(machine, wishes)
     precision = candidates.precision(wishes)
     threads = candidates.threads(machine, wishes)
@@ -98,17 +98,17 @@ def decide(
 
     # 2. Formats of weights and cache, for a given batch.
     pairs = [
-        (uniform(variant, shape, losses), cache_dtype)
+        (uniform(variant, shape, losses, measured.tables), cache_dtype)
         for variant, cache_dtype in candidates.format_pairs(machine, kernels, precision, wishes, encodings)
     ]
     forced = precision != "auto" or wishes.cache_dtype is not None
     accepted = objective.max_quality_loss
     if forced:
         # The most accurate way of what was asked for is allowed whatever it loses.
-        accepted = max(accepted, min(weights.loss + quality.cache_loss(cache) for weights, cache in pairs))
+        accepted = max(accepted, min(weights.loss + search.cache_loss(cache) for weights, cache in pairs))
 
     def format_candidate(weights: Weights, cache_dtype: CacheDtype, batch: int) -> Candidate:
-        keep = forced and weights.loss + quality.cache_loss(cache_dtype) <= accepted + 1e-9
+        keep = forced and weights.loss + search.cache_loss(cache_dtype) <= accepted + 1e-9
         value = f"{weights.name}; cache {cache_dtype}"
         return search.candidate(value, layout_of(weights, cache_dtype, batch), weights, batch=batch, keep=keep)
 
@@ -119,7 +119,7 @@ def decide(
         mixtures = [
             format_candidate(weights, cache_dtype, batch)
             for weights, cache_dtype in _mixtures(
-                found, losses, accepted, lambda cache, weights: format_candidate(weights, cache, batch).score
+                found, losses, accepted, search, lambda cache, weights: format_candidate(weights, cache, batch).score
             )
         ]
         return found + [entry for entry in mixtures if _is_worth_it(entry, found)]
@@ -174,29 +174,31 @@ def decide(
 _BEST = {"latency": "the soonest answer", "throughput": "the most tokens a second", "memory": "the least memory"}
 
 NUM_WIDE = 2
-"""Of the uniform formats that are accurate enough, so many of the best are mixed with the narrower ones."""
+"""Of the uniform formats that are accurate enough, so many of the best begin a mixture."""
 
 
 def _mixtures(
     found: Sequence[Candidate],
     losses: LossTable,
     accepted_loss: float,
+    search: Chooser,
     price: Callable[[CacheDtype, Weights], float],
 ) -> list[tuple[Weights, CacheDtype]]:
-    """The best mixture for each cache: of weights that are accurate enough and of weights that are not."""
+    """The best mixture for each cache: the tables of weights that are accurate enough, the formats of all."""
     best_of_each = []
     for cache_dtype in dict.fromkeys(entry.layout.cache_dtype for entry in found):
         here = sorted(
             (entry for entry in found if entry.layout.cache_dtype == cache_dtype), key=lambda entry: entry.score
         )
         wide = [entry.weights for entry in here if entry.loss <= accepted_loss + 1e-9]
-        narrow = [entry.weights for entry in here if entry.loss > accepted_loss + 1e-9]
-        left = accepted_loss - quality.cache_loss(cache_dtype)
+        if len(wide) == len(here):
+            continue  # nothing is to be gained by what loses too much
+        # Mixtures that begin with the same tables are the same.
+        homes = {weights.table_format: weights for weights in reversed(wide[:NUM_WIDE])}
+        left = accepted_loss - search.cache_loss(cache_dtype)
         here_price = functools.partial(price, cache_dtype)
-        mixtures = [
-            mixing.mix(one, other, losses, left, here_price)
-            for one, other in itertools.product(wide[:NUM_WIDE], narrow)
-        ]
+        others = [entry.weights for entry in here]
+        mixtures = [mixing.mix(home, others, losses, left, here_price) for home in homes.values()]
         # They all use up the accepted loss, so that only their cost tells them apart.
         best_of_each += [(mixture, cache_dtype) for mixture in sorted(filter(None, mixtures), key=here_price)[:1]]
     return best_of_each

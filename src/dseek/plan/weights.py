@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dseek.core.shape import ModelShape
@@ -29,13 +30,16 @@ class Weights:
         return {self.table_format}.union(*(layer.by_role().values() for layer in self.layer_formats))
 
 
-def uniform(variant: Variant, shape: ModelShape, losses: LossTable) -> Weights:
+def uniform(
+    variant: Variant, shape: ModelShape, losses: LossTable, table_losses: Mapping[str, float] | None = None
+) -> Weights:
     """Store every projection alike.
 
     Args:
         variant: how.
         shape: the model.
         losses: of its projections.
+        table_losses: of its tables by format, where that was measured; they are taken to lose nothing otherwise.
 
     Returns:
         The weights.
@@ -46,7 +50,7 @@ def uniform(variant: Variant, shape: ModelShape, losses: LossTable) -> Weights:
         precision=variant.precision,
         layer_formats=layers,
         table_format=variant.table_format,
-        loss=total_loss(layers, losses),
+        loss=total_loss(layers, losses) + (table_losses or {}).get(variant.table_format, 0.0),
     )
 
 

@@ -112,6 +112,28 @@ public:
         return to_tuple(decoder_.row_selection(layer, kv_head, pages.data(), static_cast<int>(pages.size()), position));
     }
 
+    void set_limits(int layer, const std::vector<float>& limits) {
+        require(limits.size() == 4, "a layer has four limits: qkv, output, gate_up, down");
+        const auto lock = hold();
+        decoder_.set_limits(layer, {limits[0], limits[1], limits[2], limits[3]});
+    }
+
+    std::vector<int> take_exceeded() {
+        const auto lock = hold();
+        return decoder_.take_exceeded();
+    }
+
+    void set_wide(int layer, const Blob& qkv, const Blob& output, const Blob& gate_up, const Blob& down) {
+        const auto lock = hold();
+        const Linear views[] = {keep(qkv), keep(output), keep(gate_up), keep(down)};
+        decoder_.set_wide(layer, views[0], views[1], views[2], views[3]);
+    }
+
+    void swap_wide(int layer) {
+        const auto lock = hold();
+        decoder_.swap_wide(layer);
+    }
+
     void allocate_cache(int num_pages) {
         const auto lock = hold();
         require(!shown_, "the cache cannot be allocated anew once its memory was handed out");
@@ -295,6 +317,10 @@ void bind_decoder(nb::module_& module) {
         .def("set_gate_rotation", &OwningDecoder::set_gate_rotation, "cos"_a, "sin"_a)
         .def("selection", &OwningDecoder::selection, "layer"_a, "kv_head"_a, "pages"_a, "query_block"_a)
         .def("row_selection", &OwningDecoder::row_selection, "layer"_a, "kv_head"_a, "pages"_a, "position"_a)
+        .def("set_limits", &OwningDecoder::set_limits, "layer"_a, "limits"_a)
+        .def("take_exceeded", &OwningDecoder::take_exceeded)
+        .def("set_wide", &OwningDecoder::set_wide, "layer"_a, nb::kw_only(), "qkv"_a, "output"_a, "gate_up"_a, "down"_a)
+        .def("swap_wide", &OwningDecoder::swap_wide, "layer"_a)
         .def("allocate_cache", &OwningDecoder::allocate_cache, "num_pages"_a)
         .def("forward", &OwningDecoder::forward, "token_ids"_a, "positions"_a, "row_starts"_a, "page_tables"_a,
              "logit_rows"_a, "exchange"_a = nb::none(), "wholes"_a = nb::none())

@@ -38,14 +38,25 @@ Decoder::Decoder(const DecoderShape& shape)
     if (qkv > kLargest || 2 * shape.intermediate_size > kLargest) refuse("a projection of the decoder is too wide");
 }
 
-void Decoder::add_block(const BlockWeights& block) {
+void Decoder::check_block(const BlockWeights& block) const {
     const int query = shape_.num_heads * shape_.head_dim, kv = shape_.num_kv_heads * shape_.head_dim;
     check_linear(block.qkv, query + 2 * kv, shape_.hidden_size, false, "qkv projection");
     check_linear(block.output, shape_.hidden_size, query, false, "output projection");
     check_linear(block.gate_up, 2 * shape_.intermediate_size, shape_.hidden_size, true, "gate and up projection");
     check_linear(block.down, shape_.hidden_size, shape_.intermediate_size, false, "down projection");
+}
+
+void Decoder::check_layer(int layer) const {
+    if (layer < 0 || layer >= static_cast<int>(blocks_.size())) {
+        refuse("layer " + std::to_string(layer) + " is out of range; there are " + std::to_string(blocks_.size()));
+    }
+}
+
+void Decoder::add_block(const BlockWeights& block) {
+    check_block(block);
     if (static_cast<int>(blocks_.size()) == shape_.num_layers) refuse("more blocks than the decoder has layers");
     blocks_.push_back(block);
+    exceeded_.resize(blocks_.size() * 4);
     sized_for_ = nullptr;
 }
 

@@ -4,6 +4,7 @@
 // the batch, D hidden size, H heads, G key-value heads, d head width, F MLP width, V vocabulary.
 #pragma once
 
+#include <array>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -40,6 +41,9 @@ struct BlockWeights {
     const float* gate_up_bias = nullptr;
     const float* down_bias = nullptr;
     int window = 0;
+    // Largest magnitude that the rows into qkv, output, gate_up and down may have, as they are rounded to integers
+    // (rotated, where the format rotates them); 0: any. Rows that are not rounded to integers are not looked at.
+    std::array<float, 4> limits{};
 };
 
 struct Batch {
@@ -95,6 +99,14 @@ public:
     RowSelection row_selection(int layer, int kv_head, const int32_t* pages, int num_pages, int position);
     void allocate_cache(int num_pages);
 
+    // Limits of a layer's rows, see `BlockWeights`.
+    void set_limits(int layer, const std::array<float, 4>& limits);
+    // Projections whose rows were beyond their limits since the last call, as 4 * layer + role.
+    std::vector<int> take_exceeded();
+    // Other weights of a layer, without limits, that `swap_wide` puts in the place of its own, and back.
+    void set_wide(int layer, const Linear& qkv, const Linear& output, const Linear& gate_up, const Linear& down);
+    void swap_wide(int layer);
+
     // Writes logits [num_logit_rows][logit_stride()]. Throws std::invalid_argument for ids, positions or pages out of
     // range; the cache is then as before. What `exchange` throws ends the run and is thrown on; the pages of the batch
     // then hold anything.
@@ -124,6 +136,8 @@ private:
         Pages query;  // float [heads of a group][d]
         SelectionRoom selection;
     };
+
+    enum Role { kQkv, kOutput, kGateUp, kDown };
 
     static constexpr int kRowsPreparedByAll = 4;  // up to here every thread prepares all rows, which saves a meeting
 
@@ -159,6 +173,10 @@ private:
     void attend_by_rows(const Batch& batch, int layer, const AttentionTask& task, Worker& worker,
                         const AttentionCall& whole);
     void check_look(int layer, int kv_head, const int32_t* pages, int num_pages, int block, bool by_rows) const;
+    // Notes that prepared rows are beyond the limit of the projection that they go into.
+    void watch(const BlockWeights& block, Role role, const Rows& rows, int num_rows);
+    void check_block(const BlockWeights& block) const;
+    void check_layer(int layer) const;
     void rotate_row(const Batch& batch, const BlockWeights& block, int row);
     void store_rows(const Batch& batch, int layer, int begin, int end);
     void attend(const Batch& batch, const BlockWeights& block, int layer, const AttentionTask& task, Worker& worker);
@@ -181,7 +199,8 @@ private:
     }
 
     DecoderShape shape_;
-    std::vector<BlockWeights> blocks_;
+    std::vector<BlockWeights> blocks_, wide_;  // wide_: [layers], or none
+    std::vector<uint8_t> exceeded_;  // [layers][4], written by all threads
     Linear embedding_, head_;
     const float* final_norm_ = nullptr;
     const float* cos_ = nullptr;

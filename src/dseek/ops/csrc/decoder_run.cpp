@@ -48,6 +48,7 @@ void Decoder::project_qkv_rows(const Batch& batch, const BlockWeights& block, in
         table_->rms_norm(residual_ + row * stride, block.input_norm, shape_.epsilon, shape_.hidden_size, normed);
         table_->prepare_row(normed, block.qkv.k, block.qkv.k_padded, worker.prepared.rows, row - begin);
     }
+    watch(block, kQkv, worker.prepared.rows, end - begin);
     table_->linear({.weight = &block.qkv,
                     .rows = &worker.prepared.rows,
                     .row_begin = 0,
@@ -88,6 +89,7 @@ void Decoder::mlp_rows(const BlockWeights& block, const float* attended, float* 
     for (int row = 0; row < num_rows; ++row) {
         table_->prepare_row(attended + (begin + row) * query, block.output.k, block.output.k_padded, rows, row);
     }
+    watch(block, kOutput, rows, num_rows);
     multiply(block.output, Epilogue::add, block.output_bias, target, stride);
     // 2. Gate and up.
     worker.prepared.lay_out(block.gate_up, table_->row_kind(block.gate_up.format, num_rows), num_rows);
@@ -95,12 +97,14 @@ void Decoder::mlp_rows(const BlockWeights& block, const float* attended, float* 
         table_->rms_norm(target + row * stride, block.post_attention_norm, shape_.epsilon, shape_.hidden_size, normed);
         table_->prepare_row(normed, block.gate_up.k, block.gate_up.k_padded, rows, row);
     }
+    watch(block, kGateUp, rows, num_rows);
     multiply(block.gate_up, Epilogue::gated, block.gate_up_bias, hidden, hidden_stride_);
     // 3. Down, onto the residual stream.
     worker.prepared.lay_out(block.down, table_->row_kind(block.down.format, num_rows), num_rows);
     for (int row = 0; row < num_rows; ++row) {
         table_->prepare_row(hidden + row * hidden_stride_, block.down.k, block.down.k_padded, rows, row);
     }
+    watch(block, kDown, rows, num_rows);
     multiply(block.down, Epilogue::add, block.down_bias, target, stride);
 }
 
@@ -219,13 +223,16 @@ void Decoder::finish_block_in_channels(const BlockWeights& block, const float* a
     const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
     const size_t query = static_cast<size_t>(shape_.num_heads) * shape_.head_dim;
     const Rows& attended_rows = prepare_all(block.output, attended, query, nullptr, num_rows, merge, thread_idx);
+    if (thread_idx == 0) watch(block, kOutput, attended_rows, num_rows);
     multiply_claimed(block.output, attended_rows, num_rows, Epilogue::add, block.output_bias, x, stride, thread_idx,
                      stage);
     const Rows& normed = prepare_all(block.gate_up, x, stride, block.post_attention_norm, num_rows, false, thread_idx);
+    if (thread_idx == 0) watch(block, kGateUp, normed, num_rows);
     multiply_claimed(block.gate_up, normed, num_rows, Epilogue::gated, block.gate_up_bias, hidden_.as<float>(),
                      hidden_stride_, thread_idx, stage);
     const Rows& hidden =
         prepare_all(block.down, hidden_.as<float>(), hidden_stride_, nullptr, num_rows, false, thread_idx);
+    if (thread_idx == 0) watch(block, kDown, hidden, num_rows);
     multiply_claimed(block.down, hidden, num_rows, Epilogue::add, block.down_bias, x, stride, thread_idx, stage);
 }
 
@@ -238,6 +245,7 @@ void Decoder::run_in_channels(const Batch& batch, int thread_idx, int block_begi
         const bool needed_only = last_needed_only && layer + 1 == block_end;
         const Rows& normed =
             prepare_all(block.qkv, residual_, stride, block.input_norm, batch.num_rows, false, thread_idx);
+        if (thread_idx == 0) watch(block, kQkv, normed, batch.num_rows);
         multiply_claimed(block.qkv, normed, batch.num_rows, Epilogue::store, block.qkv_bias, qkv_.as<float>(),
                          qkv_stride_, thread_idx, stage);
         if (!single_rows_) {
