@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,30 @@ def off_grid_folder(model: BenchModel, seed: int, spread: float) -> Path:
         _run([sys.executable, str(script), str(source), str(target), str(seed), str(spread)], target)
 
     return _made(model, f"hf-off-grid-{seed}-{spread:g}", move)
+
+
+def quantised_folder(
+    model: BenchModel, source: Path, form: str, options: Sequence[str], texts: Sequence[Sequence[Path]]
+) -> Path:
+    """A model as `dseek quantize` writes it.
+
+    Args:
+        model: the model.
+        source: what is quantised: its GGUF file, or a folder.
+        form: name of the result in the cache; different options or texts need different names.
+        options: of `dseek quantize`, without the texts.
+        texts: lists of files to calibrate with.
+
+    Returns:
+        The folder.
+    """
+
+    def quantise(target: Path) -> None:
+        lists = [argument for paths in texts for argument in ("--text", *map(str, paths))]
+        command = [sys.executable, "-m", "dseek.cli.main", "quantize", str(source), *options, *lists]
+        _run([*command, "--out", str(target / "model")], target)
+
+    return _made(model, form, quantise) / "model"
 
 
 def openvino_folder(model: BenchModel) -> Path:

@@ -39,6 +39,7 @@ class DseekWorker(Worker):
             "precision": plan.precision,
             "cache_dtype": plan.cache_dtype,
             "kernels": plan.kernels,
+            "weight_formats": sorted({name for layer in plan.layer_formats for name in layer.by_role().values()}),
             "attention": patterns_text(plan.attention_patterns),
             "weights_bytes": predicted.weights_bytes,
             "streamed_bytes": predicted.streamed_bytes,

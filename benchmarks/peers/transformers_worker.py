@@ -28,7 +28,8 @@ class TransformersWorker(Worker):
     """A Hugging Face folder with scaled-dot-product attention.
 
     Options: `dtype`, float32 (the default) or bfloat16; `config`, fields of the configuration to replace; `positions`,
-    to extend the model to so many by YaRN.
+    to extend the model to so many by YaRN; `torchao_int4_groups`, to round the projections with torchao to int4 in
+    groups of so many inputs.
     """
 
     @torch.inference_mode()
@@ -42,6 +43,8 @@ class TransformersWorker(Worker):
         if "positions" in options:
             _extend(config, options["positions"])
         self.model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa")
+        if "torchao_int4_groups" in options:
+            _round_by_torchao(self.model, options["torchao_int4_groups"])
         self.model.eval()
         return {"load_s": time.perf_counter() - started, "version": __version__}
 
@@ -98,6 +101,15 @@ def _extend(config: Any, positions: int) -> None:
         "original_max_position_embeddings": trained,
     }
     config.max_position_embeddings = positions
+
+
+def _round_by_torchao(model: Any, group_size: int) -> None:
+    """Round the projections of all blocks as torchao's weight-only configuration for integers of any width does."""
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(group_size))
+    quantize_(model, config, lambda module, name: isinstance(module, torch.nn.Linear) and "layers." in name)
 
 
 if __name__ == "__main__":

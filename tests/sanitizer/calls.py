@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.sanitizer import encoder_decoders
 from tests.sanitizer.decoders import FORMATS, Sizes, batch, build
 from tests.sanitizer.process import load
 
@@ -120,6 +121,7 @@ class Caller:
         self.native = native
         self.rng = rng
         self.decoder = build(native, SIZES)
+        self.translator = encoder_decoders.build(native, rng)
         self.worked: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
 
@@ -136,8 +138,23 @@ class Caller:
         """Pack a weight of odd sizes, inputs 33; half of them interleaved."""
         return self.blob(int(self.rng.choice([2, 4, 18, 36])), 33, interleaved=bool(self.rng.integers(2)))
 
+    def pieces(self) -> Arguments:
+        """Make pieces of a weight in three encodings, of any bytes, so that many numbers are not finite."""
+        return {
+            "format": str(self.rng.choice(FORMATS)),
+            "pieces": [
+                ("Q4_1", 3, self.rng.integers(0, 256, 3 * 40, np.uint8)),
+                ("Q4_0", 5, self.rng.integers(0, 256, 5 * 36, np.uint8)),
+                ("F16", 2, self.rng.integers(0, 256, 2 * 128, np.uint8)),
+            ],
+            "k": 64,
+            "interleaved": True,
+        }
+
     def arguments(self, name: str) -> Arguments:
         """Make arguments that are right."""
+        if name.startswith("EncoderDecoder"):
+            return encoder_decoders.arguments(self.native, name, self.rng)
         rng, floats = self.rng, self.floats
         query, kv = SIZES.heads * SIZES.head_dim, SIZES.kv_heads * SIZES.head_dim
         makers: dict[str, Callable[[], Arguments]] = {
@@ -145,18 +162,12 @@ class Caller:
             "set_num_threads": lambda: {"num_threads": int(rng.integers(1, 4))},
             "packed_bytes": lambda: {"format": str(rng.choice(FORMATS)), "n": 34, "k": 17, "interleaved": True},
             "pack": lambda: {"format": str(rng.choice(FORMATS)), "weight": floats(18, 33), "interleaved": True},
-            "pack_encoded": lambda: {
-                "format": str(rng.choice(FORMATS)),
-                "pieces": [
-                    ("Q4_1", 3, rng.integers(0, 256, 3 * 40, np.uint8)),
-                    ("Q4_0", 5, rng.integers(0, 256, 5 * 36, np.uint8)),
-                    ("F16", 2, rng.integers(0, 256, 2 * 128, np.uint8)),
-                ],
-                "k": 64,
-                "interleaved": True,
-            },
+            "pack_encoded": self.pieces,
+            "pack_inspected": self.pieces,
             "unpack": lambda: {"blob": self.any_blob()},
             "linear": lambda: {"x": floats(int(rng.integers(1, 40)), 33), "blob": self.any_blob()},
+            "integer_conv": lambda: self.convolution(groups=int(rng.choice([1, 2]))),
+            "depthwise_conv": lambda: self.convolution(groups=0),
             "rms_norm": lambda: {"x": floats(3, 33), "weight": floats(33), "epsilon": 1e-5},
             "dense_attention": lambda: {
                 part: rng.integers(0, 2**16, (2, 70, 32), np.uint16) for part in ("q", "k", "v")
@@ -249,6 +260,34 @@ class Caller:
         }
         return makers[name]() if name in makers else {}
 
+    def convolution(self, *, groups: int) -> Arguments:
+        """Make images, a weight and room for the result; no groups means depthwise."""
+        rng, floats = self.rng, self.floats
+        batch, height, width, channels = (
+            int(rng.integers(1, 4)),
+            6,
+            int(rng.integers(5, 9)),
+            int(rng.choice([2, 18, 34])),
+        )
+        stride, dilation, pads = int(rng.integers(1, 3)), int(rng.integers(1, 3)), rng.integers(0, 3, 4).tolist()
+        outputs = channels if groups == 0 else 2 * groups * int(rng.choice([1, 9]))
+        reach = [size + first + last for size, first, last in ((height, *pads[:2]), (width, *pads[2:]))]
+        pixels = [(size - dilation * 2 - 1) // stride + 1 for size in reach]
+        arguments: Arguments = {
+            "x": floats(batch, height, width, channels),
+            "geometry": [3, 3, stride, stride, dilation, dilation, *pads],
+            "steps": np.abs(floats(batch)) + 0.01,
+            "find_steps": bool(rng.integers(2)),
+            "range": (0, 254, 127) if rng.random() < 0.5 else (-127, 127, 0),
+            "bias": floats(outputs) if rng.random() < 0.5 else None,
+            "out": np.empty((batch, *pixels, outputs), np.float32),
+        }
+        if groups == 0:
+            padded = -(-channels // 16) * 16
+            return arguments | {"taps": rng.integers(-128, 128, (9, padded), np.int8), "scale": floats(padded)}
+        blobs = [self.native.pack("i8p", floats(outputs // groups, 9 * channels // groups)) for _ in range(groups)]
+        return arguments | {"blobs": np.concatenate(blobs), "groups": groups}
+
     def rows_pattern(self) -> Arguments:
         """What lets rows select for themselves, by a gate for four heads of 16 in two groups."""
         floats = self.floats
@@ -305,6 +344,10 @@ class Caller:
             decoder = self.native.Decoder(**self.arguments("Decoder"))  # one whose cache nothing else allocates
             decoder.set_pattern(0, near_blocks=[1, 1], top_blocks=1)
             decoder.allocate_cache(2)
+        if owner == "EncoderDecoder":
+            decoder = self.translator
+            if method.startswith("add_"):
+                decoder = self.native.EncoderDecoder(**encoder_decoders.SIZES)  # one that has no layers yet
         function = getattr(decoder if owner else self.native, method)
         try:
             function(**arguments)
@@ -341,8 +384,12 @@ def repeat_findings(native: ModuleType) -> None:
 def names_of(native: ModuleType) -> list[str]:
     """List everything that can be called."""
     functions = [name for name in dir(native) if not name.startswith("_") and callable(getattr(native, name))]
-    methods = [name for name in dir(native.Decoder) if not name.startswith("_")]
-    return functions + [f"Decoder.{name}" for name in methods if callable(getattr(native.Decoder, name))]
+    return functions + [
+        f"{owner}.{name}"
+        for owner in ("Decoder", "EncoderDecoder")
+        for name in dir(getattr(native, owner))
+        if not name.startswith("_") and callable(getattr(getattr(native, owner), name))
+    ]
 
 
 def main(seed: int, count: int) -> None:
@@ -354,10 +401,11 @@ def main(seed: int, count: int) -> None:
     repeat_findings(native)
     caller = Caller(native, rng)
     names = names_of(native)
-    weights = np.array([4.0 if name.startswith("Decoder.") else 1.0 for name in names])
+    weights = np.array([4.0 if "Decoder." in name else 1.0 for name in names])
     for number in range(count):
         if number % 400 == 0:
             caller.decoder = build(native, SIZES, seed=number)
+            caller.translator = encoder_decoders.build(native, rng)
         caller.call(str(rng.choice(names, p=weights / weights.sum())), harm=rng.random() < 0.9)
     for name in names:
         print(name, caller.worked[name], caller.refused[name])

@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 
 from dseek.ops import native as kernels
+from tests.sanitizer.calls import Caller
 from tests.sanitizer.decoders import FORMATS, Sizes, batch, build
 from tests.sanitizer.process import load
 
@@ -51,6 +52,12 @@ def products(native: ModuleType, rng: np.random.Generator) -> None:
             pieces = [(encoding, rows, rng.integers(0, 256, rows * 3 * num_bytes, np.uint8)) for rows in (3, 16, 21)]
             blob = native.pack_encoded(weight_format, pieces, 96)
             native.linear(rng.standard_normal((5, 96), dtype=np.float32), blob)  # numbers of any kind, infinite too
+    caller = Caller(native, rng)
+    for _ in range(200):
+        for name in ("integer_conv", "depthwise_conv"):
+            arguments = caller.arguments(name)
+            getattr(native, name)(**arguments)
+            assert np.isfinite(arguments["out"]).all()
     for size in range(1, 140):
         rows = rng.standard_normal((3, size), dtype=np.float32)
         assert np.isfinite(native.rms_norm(rows, rows[0].copy(), 1e-5)).all()

@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("dseek.cli.eval", "perplexity and next-token accuracy on a text"),
     "calibrate": ("dseek.cli.calibrate", "statistics of a model's numbers, and what narrower formats lose"),
     "quantize": ("dseek.cli.quantize", "write a model with integer weights, as compressed-tensors or GGUF"),
+    "translate": ("dseek.cli.translate", "translate lines of text with an encoder-decoder"),
     "train-gate": ("dseek.cli.train_gate", "train the gate that chooses blocks for dynamic attention"),
 }
 """Verb: its module and the line that `dseek --help` shows (the module's `HELP` says the same)."""

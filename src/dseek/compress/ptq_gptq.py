@@ -12,6 +12,7 @@ import torch
 
 from dseek.compress.ptq_rounding import Grid, RoundedWeight, Scheme, choose_grid
 from dseek.core.errors import ConfigError
+from dseek.ops.side_by_side import side_by_side
 
 _BLOCK = 128
 
@@ -71,36 +72,68 @@ def gptq(
     scale = grid.scale.clone()
     zero = torch.zeros_like(scale) if grid.zero is None else grid.zero.float()
 
-    weight = weight[:, order]
     upper = _inverse_factor(hessian_KK[order][:, order], config.damping)
+    values = torch.empty(num_rows, num_inputs, dtype=torch.int8)
+
+    def round_rows(piece: int) -> None:
+        rows = slice(num_rows * piece // num_pieces, num_rows * (piece + 1) // num_pieces)
+        own_scale, own_zero = scale[rows], zero[rows]
+        rounded = _round_columns(
+            weight[rows][:, order],
+            upper,
+            order,
+            own_scale,
+            own_zero,
+            scheme,
+            scale_dtype,
+            None if beforehand else importance,
+        )
+        values[rows, order] = rounded.to(torch.int8)
+
+    # Rows do not see each other, and a column is so little work that threads would only wait for one another.
+    num_pieces = min(num_rows, torch.get_num_threads())
+    side_by_side(num_pieces, round_rows)
+    return RoundedWeight(values, Grid(scale, None if scheme.symmetric else zero.to(torch.int8)))
+
+
+def _round_columns(
+    weight: torch.Tensor,
+    upper: torch.Tensor,
+    order: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    importance: torch.Tensor | None,
+) -> torch.Tensor:
+    """Round some rows, columns in their order; with `importance` [G, g] grids are chosen on the way, in place."""
+    num_inputs = weight.shape[1]
+    width = scheme.width(num_inputs)
     values = torch.empty_like(weight)
     # A block is a whole number of groups, so that a group's grid sees all that earlier columns changed.
-    step = _BLOCK if _BLOCK % width == 0 or beforehand else width * max(1, _BLOCK // width)
+    step = _BLOCK if importance is None or _BLOCK % width == 0 else width * max(1, _BLOCK // width)
+    indices = order.tolist()
     for begin in range(0, num_inputs, step):
         end = min(begin + step, num_inputs)
         block = weight[:, begin:end].clone()
         errors = torch.empty_like(block)
         for column in range(end - begin):
-            index = int(order[begin + column])
-            group = index // width
-            if not beforehand and index % width == 0:
+            group = indices[begin + column] // width
+            if importance is not None and indices[begin + column] % width == 0:
                 fresh = choose_grid(
                     block[:, None, column : column + width], scheme, scale_dtype, importance[group : group + 1]
                 )
                 scale[:, group] = fresh.scale[:, 0]
                 if fresh.zero is not None:
                     zero[:, group] = fresh.zero[:, 0].float()
-            wide = block[:, column]
-            rounded = torch.clamp(torch.round(wide / scale[:, group]) + zero[:, group], scheme.least, scheme.most)
+            wide, step_size, offset = block[:, column], scale[:, group], zero[:, group]
+            rounded = torch.round(wide / step_size).add_(offset).clamp_(scheme.least, scheme.most)
             values[:, begin + column] = rounded
-            factor = upper[begin + column, begin + column]
-            error = (wide - (rounded - zero[:, group]) * scale[:, group]) / factor
+            error = (wide - (rounded - offset) * step_size) / upper[begin + column, begin + column]
             errors[:, column] = error
-            block[:, column:] -= error[:, None] * upper[begin + column, begin + column : end]
+            block[:, column:].addr_(error, upper[begin + column, begin + column : end], alpha=-1)
         weight[:, end:] -= errors @ upper[begin:end, end:]
-    restored = torch.empty_like(values)
-    restored[:, order] = values
-    return RoundedWeight(restored.to(torch.int8), Grid(scale, None if scheme.symmetric else zero.to(torch.int8)))
+    return values
 
 
 def _inverse_factor(hessian_KK: torch.Tensor, damping: float) -> torch.Tensor:

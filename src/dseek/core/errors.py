@@ -50,6 +50,10 @@ class RequestError(DseekError):
     """A request that cannot be served: token ids out of range, a prompt beyond the context, a bad sampling value."""
 
 
+class NotFiniteError(RequestError):
+    """A model whose logits are NaN or infinite; names the layer and the projection where that began."""
+
+
 class PeerError(DseekError):
     """A rank that died, does not answer, or was given other work than its peers."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dseek.core import events
-from dseek.core.errors import RequestError
+from dseek.core.errors import NotFiniteError, RequestError
 from dseek.engine.batch import Batch, gather
 from dseek.engine.cache import PageAllocator
 from dseek.engine.request import Request, SamplingParams
@@ -105,6 +105,9 @@ class Engine:
 
         Returns:
             The requests that got one, finished or not; empty while only parts of prompts were computed.
+
+        Raises:
+            NotFiniteError: logits are NaN or infinite.
         """
         scheduled = self.scheduler.schedule()
         if not scheduled:
@@ -112,6 +115,10 @@ class Engine:
         batch = gather(scheduled)
         logits = self.runner.forward(batch)
         events.emit("engine.step", num_rows=batch.num_rows, num_sequences=batch.num_sequences)
+        bad_row = first_bad_row(logits)
+        if bad_row is not None:
+            owner = scheduled[int(np.searchsorted(batch.row_starts, batch.logit_rows[bad_row], side="right")) - 1]
+            raise self._not_finite(owner.token_ids[: owner.num_computed + owner.num_scheduled])
         return self._postprocess(scheduled, logits)
 
     def abort(self, request: Request) -> None:
@@ -134,6 +141,7 @@ class Engine:
 
         Raises:
             RequestError: an id is out of range, the text is empty or too long, or running requests hold its pages.
+            NotFiniteError: logits are NaN or infinite.
         """
         ids = np.array(self.check_token_ids(token_ids), dtype=np.int32)
         if len(ids) > self.context_tokens:
@@ -153,7 +161,11 @@ class Engine:
                 positions = np.arange(start, start + len(piece), dtype=np.int32)
                 row_starts = np.array([0, len(piece)], dtype=np.int32)
                 logit_rows = np.arange(len(piece), dtype=np.int32)
-                yield start, self.runner.forward(Batch(piece, positions, row_starts, page_tables, logit_rows))
+                logits = self.runner.forward(Batch(piece, positions, row_starts, page_tables, logit_rows))
+                bad_row = first_bad_row(logits)
+                if bad_row is not None:
+                    raise self._not_finite(ids[: start + bad_row + 1].tolist())
+                yield start, logits
         finally:
             self.allocator.release(pages)
 
@@ -187,6 +199,24 @@ class Engine:
             self.abort(request)
         self.runner.close()
 
+    def _not_finite(self, token_ids: Sequence[int]) -> NotFiniteError:
+        """Say where the numbers of a sequence, whose last token's logits are wrong, stopped being finite."""
+        try:
+            from dseek.engine.number_trace import first_not_finite
+
+            origin = first_not_finite(self.files, self.plan, token_ids)
+        except Exception as error:  # the search must not hide what it was made for
+            where = f"where that began could not be found ({type(error).__name__}: {error})"
+        else:
+            where = "the reference stays finite: a narrow cache, a choice of blocks, or a faulty kernel made them"
+            if origin is not None:
+                where = f"first, {origin}"
+        return NotFiniteError(
+            f"the logits after token {len(token_ids) - 1} are not finite; {where}",
+            needed="finite numbers",
+            remedy="check the weights, or try fp32",
+        )
+
     def _postprocess(self, scheduled: list[Request], logits: np.ndarray) -> list[Request]:
         """Advance every request by its rows, sample for those that are complete and retire the finished."""
         for request in scheduled:
@@ -201,3 +231,21 @@ class Engine:
             if request.finished:
                 self.scheduler.remove(request)
         return due
+
+
+def first_bad_row(logits: np.ndarray) -> int | None:
+    """Find logits that are not finite.
+
+    Args:
+        logits: float32 [L, V].
+
+    Returns:
+        Index of the first row that has some, or None. One sum decides, as a NaN or an infinity is never added away;
+        only where the sum is not finite is every number looked at.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        total = np.add.reduce(logits, axis=None)
+    if np.isfinite(total):
+        return None
+    bad = ~np.isfinite(logits).all(axis=1)
+    return int(bad.argmax()) if bad.any() else None

@@ -18,7 +18,7 @@ from dseek.models.encoding import to_float32
 from dseek.models.files import ModelFiles
 from dseek.models.rope import rope_table
 from dseek.ops import native
-from dseek.ops.linear.packing import interleave, pack, pad
+from dseek.ops.linear.packing import check_finite, interleave, pack, pad
 from dseek.plan.formats import ROLES, LayerFormats, WeightFormat
 from dseek.plan.layout import PAGE_TOKENS
 from dseek.plan.plan import Plan
@@ -280,4 +280,4 @@ def _joined_bias(files: ModelFiles, names: Sequence[str]) -> np.ndarray | None:
 
 
 def _vector(files: ModelFiles, name: str) -> np.ndarray:
-    return np.ascontiguousarray(to_float32(files.tensor(name)), dtype=np.float32).reshape(-1)
+    return np.ascontiguousarray(check_finite(name, to_float32(files.tensor(name))), dtype=np.float32).reshape(-1)

@@ -303,17 +303,19 @@ class Decoder(nn.Module):
 
         Returns:
             The decoder in eval mode; it does not hold on to `files`.
+
+        Raises:
+            FileFormatError: a weight is not a finite number.
+            ConfigError: one would become infinite in `dtype`.
         """
-        from dseek.models.encoding import to_float32
+        from dseek.models.weight_checks import checked_tensor
 
         with torch.device("meta"):
             decoder = cls(files.shape)
         state: dict[str, torch.Tensor] = {}
         for name in decoder.state_dict():
             if files.has(name):
-                # The array may be a view of the mapped file, so it is always copied.
-                array = to_float32(files.tensor(name))
-                state[name] = torch.tensor(array, dtype=dtype, device=device)
+                state[name] = checked_tensor(files.tensor(name), dtype, device)
         decoder.load_state_dict(state, strict=True, assign=True)
         decoder.tie_weights()
         decoder.to(device=device or "cpu")

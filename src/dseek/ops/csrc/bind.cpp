@@ -6,6 +6,7 @@
 #include <climits>
 
 #include "bind_attention.h"
+#include "bind_encoder_decoder.h"
 #include "common/cpu.h"
 #include "matmul.h"
 
@@ -17,8 +18,22 @@ namespace {
 
 using NamedPiece = std::tuple<std::string, int, Blob>;
 
-Output<uint8_t> pack_encoded(const std::string& format_name, const std::vector<NamedPiece>& named, int k,
-                             bool interleaved) {
+// Kind, count, and the row, column and value of the first one.
+using FoundEntry = std::tuple<std::string, int64_t, int, int, float>;
+
+std::vector<FoundEntry> to_entries(const Findings& findings) {
+    constexpr const char* kNames[kFindings] = {"not finite", "overflow", "clipped", "vanished"};
+    std::vector<FoundEntry> entries;
+    for (int kind = 0; kind < kFindings; ++kind) {
+        const FirstFound& found = findings.by_kind[kind];
+        if (found.count > 0) entries.emplace_back(kNames[kind], found.count, found.row, found.column, found.value);
+    }
+    return entries;
+}
+
+std::tuple<Output<uint8_t>, std::vector<FoundEntry>> pack_inspected(const std::string& format_name,
+                                                                    const std::vector<NamedPiece>& named, int k,
+                                                                    bool interleaved) {
     std::vector<Piece> pieces;
     int64_t n = 0;
     for (const auto& [encoding, rows, data] : named) {
@@ -30,11 +45,17 @@ Output<uint8_t> pack_encoded(const std::string& format_name, const std::vector<N
     check_pieces(pieces, static_cast<int>(n), k);
     const BlobHeader header = make_header(format, static_cast<int>(n), k, interleaved);
     Pages memory(header.num_bytes);
+    Findings findings;
     {
         nb::gil_scoped_release release;
-        pack_blob(header, pieces, memory.data());
+        findings = pack_blob(header, pieces, memory.data());
     }
-    return own<uint8_t>(std::move(memory), {header.num_bytes}, {1});
+    return {own<uint8_t>(std::move(memory), {header.num_bytes}, {1}), to_entries(findings)};
+}
+
+Output<uint8_t> pack_encoded(const std::string& format_name, const std::vector<NamedPiece>& named, int k,
+                             bool interleaved) {
+    return std::get<0>(pack_inspected(format_name, named, k, interleaved));
 }
 
 Output<uint8_t> pack(const std::string& format, const Input<float, 2>& weight, bool interleaved) {
@@ -125,10 +146,13 @@ NB_MODULE(_native, module) {
         "format"_a, "n"_a, "k"_a, "interleaved"_a = false);
     module.def("pack", &pack, "format"_a, "weight"_a, "interleaved"_a = false);
     module.def("pack_encoded", &pack_encoded, "format"_a, "pieces"_a, "k"_a, "interleaved"_a = false);
+    module.def("pack_inspected", &pack_inspected, "format"_a, "pieces"_a, "k"_a, "interleaved"_a = false);
     module.def("unpack", &unpack, "blob"_a);
     module.def("linear", &linear, "x"_a, "blob"_a);
     module.def("rms_norm", &norm, "x"_a, "weight"_a, "epsilon"_a);
+    bind_integer_conv(module);
     bind_attention(module);
     bind_measurements(module);
     bind_decoder(module);
+    bind_encoder_decoder(module);
 }

@@ -54,6 +54,8 @@ Output<T> own(Pages&& memory, const std::vector<size_t>& shape, const std::vecto
 // The packed weight in a blob, checked.
 inline Linear view(const Blob& blob) { return view_blob(blob.data(), blob.size()); }
 
+// Convolution of integer_conv.h, with its arguments checked.
+void bind_integer_conv(nanobind::module_& module);
 // The decoder of decoder.h, as a class.
 void bind_decoder(nanobind::module_& module);
 // The timings of measure.h, with their arguments checked.

@@ -3,6 +3,7 @@
 #include "../avx512/cache.h"
 #include "../avx512/rows.h"
 #include "../common/cells_portable.h"
+#include "../common/integer_conv.h"
 #include "../common/narrow.h"
 #include "../common/pack.h"
 #include "attention.h"
@@ -31,6 +32,9 @@ const KernelTable& amx_kernels() {
         .pack_cells = pack_cells_512,
         .score_strip = score_strip_amx,
         .open_cells = open_cells,
+        .largest_of_run = largest_of_run,
+        .round_run = round_run,
+        .depthwise = depthwise,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,

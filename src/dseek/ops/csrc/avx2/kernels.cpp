@@ -2,6 +2,7 @@
 #define DSEEK_VARIANT avx2
 #include "../common/attention_portable.h"
 #include "../common/cells_portable.h"
+#include "../common/integer_conv.h"
 #include "../common/narrow.h"
 #include "../common/open_cells.h"
 #include "../common/pack.h"
@@ -30,6 +31,9 @@ const KernelTable& avx2_kernels() {
         .pack_cells = pack_cells,
         .score_strip = score_strip,
         .open_cells = open_cells,
+        .largest_of_run = largest_of_run,
+        .round_run = round_run,
+        .depthwise = depthwise,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,

@@ -1,6 +1,7 @@
 // AVX-512 with VNNI and BF16 (Zen 4 and later, Cooper Lake, Sapphire Rapids and later).
 #define DSEEK_VARIANT avx512
 #include "../common/cells_portable.h"
+#include "../common/integer_conv.h"
 #include "../common/narrow.h"
 #include "../common/pack.h"
 #include "attention.h"
@@ -31,6 +32,9 @@ const KernelTable& avx512_kernels() {
         .pack_cells = pack_cells_512,
         .score_strip = score_strip_avx512,
         .open_cells = open_cells,
+        .largest_of_run = largest_of_run,
+        .round_run = round_run,
+        .depthwise = depthwise,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,

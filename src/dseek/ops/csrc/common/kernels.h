@@ -141,6 +141,27 @@ constexpr int kMostHeadsOfGroup = 64;  // that a selection by rows can weigh
 constexpr uint8_t kNeverOpened = 0xfe;  // so far
 constexpr uint8_t kMayNotOpen = 0xff;  // counted, but exact already
 
+// Inputs rounded to whole steps: clamp(round(x / step), low, high) - zero, from -127 to 127, stored as value + 128.
+struct RoundingRange {
+    float step = 1.f;
+    int low = -127, high = 127;
+    int zero = 0;
+};
+
+// Neighbouring outputs of one row of a depthwise convolution, all channels.
+struct DepthwiseCall {
+    const uint8_t* image = nullptr;  // first input of output 0, value + 128; pixels of channels_padded bytes
+    int pixel_stride = 0;  // bytes from the first input of one output to that of the next
+    const int32_t* offsets = nullptr;  // [taps], bytes from an output's first input
+    const int8_t* weight = nullptr;  // [taps][channels_padded]
+    int taps = 0, channels = 0, channels_padded = 0, pixels = 0;
+    const int32_t* start = nullptr;  // [channels_padded], what the sums begin with: the offsets of inputs undone
+    const float* scale = nullptr;  // [channels_padded], of the weight
+    float step = 1.f;  // of the inputs
+    const float* bias = nullptr;  // [channels_padded]
+    float* out = nullptr;  // [pixels][channels]
+};
+
 struct KernelTable {
     const char* name;
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int size, float* out);
@@ -171,6 +192,9 @@ struct KernelTable {
     // scores[page][row][slot] = query[row] . cell, for sixteen rows of `dim` floats, dim a multiple of 16.
     void (*score_strip)(const float* query, int dim, bool exact, const void* pages, int num_pages, float* scores);
     void (*open_cells)(const OpenCall& call);
+    float (*largest_of_run)(const float* x, size_t count);
+    void (*round_run)(const float* x, size_t count, const RoundingRange& range, uint8_t* out);
+    void (*depthwise)(const DepthwiseCall& call);
     double (*read_bytes)(const uint8_t* data, size_t num_bytes);
     void (*pack_panel)(uint8_t* blob, int panel, float* rows);
     void (*unpack_channel)(const Linear& weight, int channel, float* out);

@@ -2,6 +2,7 @@
 #include "pack_blob.h"
 
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
 
 #include "kernels.h"
@@ -123,7 +124,8 @@ bool repacks(Format format, const std::vector<Piece>& pieces) {
 }
 
 // Moves the rows of one panel of i8p: values and scales stay exactly those given.
-void repack_channels(uint8_t* blob, const BlobHeader& header, const std::vector<Piece>& pieces, int panel) {
+void repack_channels(uint8_t* blob, const BlobHeader& header, const std::vector<Piece>& pieces, int panel,
+                     Findings& findings) {
     const int k = static_cast<int>(header.k), k_padded = static_cast<int>(header.k_padded);
     uint8_t* data = blob + sizeof(BlobHeader) + static_cast<size_t>(panel) * panel_bytes(Format::i8p, k_padded);
     auto* scales = reinterpret_cast<float*>(blob + header.scale_offset) + static_cast<size_t>(panel) * kPanel;
@@ -136,6 +138,7 @@ void repack_channels(uint8_t* blob, const BlobHeader& header, const std::vector<
         if (row < 0) continue;
         const uint8_t* source = find_row(pieces, row, k).data;
         std::memcpy(&scales[lane], source, sizeof(float));
+        if (!std::isfinite(scales[lane])) findings.add(Finding::not_finite, row, 0, scales[lane]);
         source += sizeof(float);
         int32_t total = 0;
         for (int i = 0; i < k; ++i) {
@@ -147,7 +150,8 @@ void repack_channels(uint8_t* blob, const BlobHeader& header, const std::vector<
 }
 
 // Moves the blocks of one panel without decoding them: the numbers stay exactly those of the file.
-void repack_panel(uint8_t* blob, const BlobHeader& header, const std::vector<Piece>& pieces, int panel) {
+void repack_panel(uint8_t* blob, const BlobHeader& header, const std::vector<Piece>& pieces, int panel,
+                  Findings& findings) {
     const auto format = static_cast<Format>(header.format);
     const int k = static_cast<int>(header.k), groups = k / kGroup;
     uint8_t* data = blob + sizeof(BlobHeader) + static_cast<size_t>(panel) * panel_bytes(format, k);
@@ -168,7 +172,9 @@ void repack_panel(uint8_t* blob, const BlobHeader& header, const std::vector<Pie
         const BlockLayout layout = block_layout(source.encoding);
         for (int group = 0; group < groups; ++group) {
             const uint8_t* block = source.data + static_cast<size_t>(group) * layout.bytes;
-            scales[group * kPanel + lane] = read_u16(block);
+            const uint16_t scale = read_u16(block);
+            scales[group * kPanel + lane] = scale;
+            if (!is_finite_half(scale)) findings.add(Finding::not_finite, row, group * kGroup, half_to_float(scale));
             if (format == Format::i8g) {
                 uint8_t* target = data + static_cast<size_t>(group) * 512 + lane * 4;
                 for (int step = 0; step < 8; ++step) {
@@ -180,8 +186,13 @@ void repack_panel(uint8_t* blob, const BlobHeader& header, const std::vector<Pie
                 continue;
             }
             const bool has_min = source.encoding == Encoding::q4_1;
-            minima[group * kPanel + lane] =
-                has_min ? read_u16(block + 2) : float_to_half(-8.f * half_to_float(read_u16(block)));
+            const uint16_t minimum = has_min ? read_u16(block + 2) : float_to_half(-8.f * half_to_float(scale));
+            minima[group * kPanel + lane] = minimum;
+            if (!is_finite_half(minimum) && is_finite_half(scale)) {
+                // Q4_0 has no minimum of its own; here it is -8 scales, which a half may not hold.
+                const float value = has_min ? half_to_float(minimum) : -8.f * half_to_float(scale);
+                findings.add(has_min ? Finding::not_finite : Finding::overflow, row, group * kGroup, value);
+            }
             // File: byte i holds inputs i and i + 16. Blob: byte i of quarter z holds inputs 8z + i and 8z + 4 + i.
             const uint8_t* nibbles = block + (has_min ? 4 : 2);
             uint32_t words[4];
@@ -282,7 +293,7 @@ void check_pieces(const std::vector<Piece>& pieces, int n, int k) {
     if (rows != n) throw std::invalid_argument("the pieces of a weight do not add up to its rows");
 }
 
-void pack_blob(const BlobHeader& header, const std::vector<Piece>& pieces, uint8_t* blob) {
+Findings pack_blob(const BlobHeader& header, const std::vector<Piece>& pieces, uint8_t* blob) {
     std::memset(blob, 0, sizeof header);
     std::memcpy(blob, &header, sizeof header);
     const int num_panels = static_cast<int>(header.n_padded) / kPanel;
@@ -291,12 +302,15 @@ void pack_blob(const BlobHeader& header, const std::vector<Piece>& pieces, uint8
     const bool exact = (plain || k == k_padded) && repacks(static_cast<Format>(header.format), pieces);
     std::atomic<int> next{0};
     const KernelTable& table = kernels();
+    Findings all;
+    std::mutex joining;
     thread_pool().run([&](int) {
         std::vector<float> rows(exact ? 0 : static_cast<size_t>(k_padded) * kPanel);
+        Findings findings;
         for (int panel = next++; panel < num_panels; panel = next++) {
             if (exact) {
-                if (plain) repack_channels(blob, header, pieces, panel);
-                else repack_panel(blob, header, pieces, panel);
+                if (plain) repack_channels(blob, header, pieces, panel, findings);
+                else repack_panel(blob, header, pieces, panel, findings);
                 continue;
             }
             std::fill(rows.begin(), rows.end(), 0.f);
@@ -304,11 +318,18 @@ void pack_blob(const BlobHeader& header, const std::vector<Piece>& pieces, uint8
                 const int row = source_row(header, panel * kPanel + lane);
                 if (row < 0) continue;
                 const RowSource source = find_row(pieces, row, k);
-                decode_row(source.encoding, source.data, k, rows.data() + static_cast<size_t>(lane) * k_padded);
+                float* decoded = rows.data() + static_cast<size_t>(lane) * k_padded;
+                decode_row(source.encoding, source.data, k, decoded);
+                inspect_row(static_cast<Format>(header.format), decoded, k, row, findings);
             }
             table.pack_panel(blob, panel, rows.data());
         }
+        if (findings.any()) {
+            const std::lock_guard lock(joining);
+            all.join(findings);
+        }
     });
+    return all;
 }
 
 }  // namespace dseek

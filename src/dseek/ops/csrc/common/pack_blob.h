@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "findings.h"
 #include "formats.h"
 
 namespace dseek {
@@ -29,6 +30,7 @@ void check_pieces(const std::vector<Piece>& pieces, int n, int k);
 
 // Writes header.num_bytes bytes, using the whole thread team. Q4_0 and Q4_1 into i4g, Q8_0 into i8g and i8_channel into
 // i8p are moved without being decoded. The pieces must have been checked.
-void pack_blob(const BlobHeader& header, const std::vector<Piece>& pieces, uint8_t* blob);
+// Gives what the format does not hold; the blob is complete all the same, and of no use where numbers are not finite.
+Findings pack_blob(const BlobHeader& header, const std::vector<Piece>& pieces, uint8_t* blob);
 
 }  // namespace dseek

@@ -19,9 +19,14 @@ struct RowBuffer {
 
     // Points `rows` into the memory, which must be large enough.
     void lay_out(const Linear& weight, RowKind kind, int num_rows) {
+        assert(bytes(weight, kind, num_rows) <= memory.size());
+        rows = rows_in(memory.data(), weight, kind, num_rows);
+    }
+
+    // The same in memory of somebody else's, 64-byte aligned.
+    static Rows rows_in(uint8_t* base, const Linear& weight, RowKind kind, int num_rows) {
         const Sizes sizes(weight, kind, num_rows);
-        assert(sizes.total() <= memory.size());
-        uint8_t* base = memory.data();
+        Rows rows;
         rows.kind = kind;
         rows.values = base;
         rows.stride = sizes.row / sizes.width;
@@ -29,6 +34,7 @@ struct RowBuffer {
         rows.group_scale = reinterpret_cast<float*>(base + sizes.values + sizes.scales);
         rows.group_sum = reinterpret_cast<float*>(base + sizes.values + sizes.scales + sizes.groups);
         rows.groups = sizes.num_groups;
+        return rows;
     }
 
 private:

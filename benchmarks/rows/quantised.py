@@ -1,0 +1,176 @@
+"""Quality of models that `dseek quantize` wrote: perplexity of source code and of prose, against the same weights wide.
+
+Nothing is measured on what was calibrated with: source code comes from the files that nothing may be trained on, and of
+the user's prose every other article calibrates while those between them measure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from benchmarks import models, standard_library
+from benchmarks.contest import Entrant, running
+from benchmarks.errors import BenchmarkError, IncorrectError
+from benchmarks.paths import work_dir
+from benchmarks.peers.client import PeerProcess
+from benchmarks.prose import articles, prose_path
+from benchmarks.result import Outcome, ratio_to_bar
+from benchmarks.rows import Settings
+from benchmarks.scoring import agreement, perplexity
+
+MODEL = models.SMOLLM2
+W8A8_BAR = 0.005
+"""Largest rise of perplexity, on either text."""
+FP32_TOLERANCE = 1e-3
+"""Largest relative change of perplexity in dseek's own fp32: the check that both measure the same thing."""
+WINDOW = 2048
+SEED = 0
+"""Of the order of the files."""
+OFF_GRID_SEED, OFF_GRID_SPREAD = 0, 1.25
+"""Of the factors that move the weights off the 4-bit grid they were stored on."""
+CALIBRATION_CHARACTERS = 1_000_000
+"""Of each of the two texts."""
+
+
+def quality_w8a8(settings: Settings) -> Outcome:
+    """int8 weights with a scale a channel and int8 activations with a scale a token, chosen by calibration."""
+    options = ["--enable_quantization", "int8"]
+    folder = _quantised(settings, models.gguf_file(MODEL), "w8a8", options)
+    texts = _measured_texts(settings)
+    own = _score(settings, str(folder), {"precision": "int8", "max_quality_loss": 1e-6}, texts, formats=["i8p"])
+    wide = _reference(settings, texts, models.hf_folder(MODEL), models.own_path(MODEL))
+    changes = {name: perplexity(own[name]["losses"]) / perplexity(wide[name]["losses"]) - 1 for name in texts}
+    value = max(changes.values())
+    return Outcome(
+        value=value,
+        unit="fraction",
+        ratio=ratio_to_bar(W8A8_BAR, max(value, 1e-6)),
+        details=_details(settings, texts, own, wide) | {"changes": changes},
+    )
+
+
+def quality_int4_torchao(settings: Settings) -> Outcome:
+    """int4 in groups of 32 by calibration, beside torchao's; the weights are off the grid of their 4-bit file."""
+    source = models.off_grid_folder(MODEL, OFF_GRID_SEED, OFF_GRID_SPREAD)
+    folder = _quantised(settings, source, "int4", ["--enable_quantization", "int4", "--group-size", "32"])
+    texts = _measured_texts(settings)
+    own = _score(settings, str(folder), {"precision": "int4", "max_quality_loss": 1e-6}, texts, formats=["i4g"])
+    wide = _reference(settings, texts, source, str(source))
+    with PeerProcess("transformers", threads=settings.threads) as process:
+        options = {"torchao_int4_groups": 32}
+        process.call("load", path=str(source), threads=settings.threads, context_tokens=0, options=options)
+        peer = {name: process.call("nll", token_ids=ids, window=_window(settings)) for name, ids in texts.items()}
+    changes = {
+        who: {name: perplexity(found[name]["losses"]) / perplexity(wide[name]["losses"]) - 1 for name in texts}
+        for who, found in (("dseek", own), ("torchao", peer))
+    }
+    ours, theirs = (sum(changes[who].values()) / len(texts) for who in ("dseek", "torchao"))
+    return Outcome(
+        value=ours,
+        unit="fraction",
+        ratio=ratio_to_bar(theirs, max(ours, 1e-6)),
+        peer="torchao int4, groups of 32",
+        details=_details(settings, texts, own, wide) | {"changes": changes},
+    )
+
+
+def _window(settings: Settings) -> int:
+    return settings.pick(WINDOW, 200)
+
+
+def _quantised(settings: Settings, source: Path, form: str, options: list[str]) -> Path:
+    """The model that `dseek quantize` makes, kept in the cache under its options and texts."""
+    texts = _calibration_files()
+    sizes = ["--samples", str(settings.pick(64, 2)), "--tokens", str(settings.pick(1024, 128))]
+    origin = f"{source} {options} {sizes} {[path.read_bytes() for path in texts]}"
+    digest = hashlib.sha256(origin.encode()).hexdigest()[:12]
+    return models.quantised_folder(MODEL, source, f"{form}-{digest}", [*options, *sizes], [[path] for path in texts])
+
+
+def _calibration_files() -> list[Path]:
+    """Source code and prose to calibrate with, a file of each."""
+    names = standard_library.shuffled(standard_library.training_files(), SEED)
+    folder = work_dir() / "calibration"
+    folder.mkdir(parents=True, exist_ok=True)
+    prose = "\n".join(list(articles(prose_path()).values())[1::2])
+    files = []
+    for name, text in (("source.txt", _joined_source(names)), ("prose.txt", prose)):
+        path = folder / name
+        path.write_text(text[:CALIBRATION_CHARACTERS], encoding="utf-8")
+        files.append(path)
+    return files
+
+
+def _joined_source(names: list[str]) -> str:
+    pieces: list[str] = []
+    total = 0
+    for name in names:
+        pieces.append(standard_library.read(name))
+        total += len(pieces[-1])
+        if total > CALIBRATION_CHARACTERS:
+            break
+    return "\n".join(pieces)
+
+
+def _measured_texts(settings: Settings) -> dict[str, list[int]]:
+    """Token ids of source code and of prose that nothing was calibrated with."""
+    count = settings.pick(8 * WINDOW, 400)
+    names = standard_library.shuffled(standard_library.held_out_files(), SEED)
+    texts = {
+        "source": _joined_source(names)[: 8 * count],
+        "prose": "\n".join(list(articles(prose_path()).values())[0::2])[: 8 * count],
+    }
+    with PeerProcess("dseek") as worker:
+        ids = worker.call("encode_all", path=models.own_path(MODEL), texts=list(texts.values()))["token_ids"]
+    for name, found in zip(texts, ids, strict=True):
+        if len(found) < count:
+            raise BenchmarkError(f"the {name} to measure with gave {len(found)} tokens, {count} are needed")
+    return {name: found[:count] for name, found in zip(texts, ids, strict=True)}
+
+
+def _score(
+    settings: Settings, path: str, options: dict[str, Any], texts: dict[str, list[int]], *, formats: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Score texts through dseek's engine, in the formats that hold the file's integers."""
+    window = _window(settings)
+    entrant = Entrant("dseek", "dseek", path, {"batch": 1, **options})
+    with running([entrant], threads=settings.threads, context_tokens=window + 1) as engines:
+        found = engines[0].loaded["weight_formats"]
+        if found != formats:
+            raise IncorrectError(f"the plan runs the weights as {found}, not as the file has them ({formats})")
+        call = engines[0].process.call
+        return {name: call("nll", token_ids=ids, window=window) for name, ids in texts.items()}
+
+
+def _reference(
+    settings: Settings, texts: dict[str, list[int]], folder: Path, own_path: str
+) -> dict[str, dict[str, Any]]:
+    """Score texts with the wide weights in transformers, once dseek's own fp32 is seen to say the same."""
+    window = _window(settings)
+    with PeerProcess("transformers", threads=settings.threads) as judge:
+        judge.call("load", path=str(folder), threads=settings.threads, context_tokens=0)
+        wide = {name: judge.call("nll", token_ids=ids, window=window) for name, ids in texts.items()}
+    first = {name: ids[:window] for name, ids in texts.items()}
+    own = _score(settings, own_path, {"precision": "fp32"}, first, formats=["f32"])
+    for name, answer in own.items():
+        found, wanted = perplexity(answer["losses"]), perplexity(wide[name]["losses"][: window - 1])
+        if not abs(found / wanted - 1) <= FP32_TOLERANCE:
+            raise IncorrectError(
+                f"dseek's own fp32 has the perplexity {found:.5f} on {name}, transformers {wanted:.5f}"
+            )
+    return wide
+
+
+def _details(
+    settings: Settings, texts: dict[str, list[int]], own: dict[str, Any], wide: dict[str, Any]
+) -> dict[str, Any]:
+    return {
+        "perplexity": {name: perplexity(own[name]["losses"]) for name in texts},
+        "reference_perplexity": {name: perplexity(wide[name]["losses"]) for name in texts},
+        "argmax_agreement": {name: agreement(own[name]["best"], wide[name]["best"]) for name in texts},
+        "tokens": {name: len(ids) for name, ids in texts.items()},
+        "window": _window(settings),
+        "prose": prose_path().name,
+    }
