@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ import numpy as np
 from benchmarks import contest, models
 from benchmarks.calibrations import calibration_file, held_out_ids
 from benchmarks.contest import Entrant
-from benchmarks.errors import IncorrectError
+from benchmarks.errors import BenchmarkError, IncorrectError
 from benchmarks.models import BenchModel
 from benchmarks.result import Outcome, ratio_to_bar
 from benchmarks.rows import Settings
@@ -20,9 +21,11 @@ from benchmarks.rows.prompts import prompts
 from dseek import load, plan
 from dseek.engine.calibrated import calibrated
 from dseek.models.files import open_model
+from dseek.plan import mixing, quality
 from dseek.plan.attention_wish import AttentionWish
+from dseek.plan.formats import VARIANTS, packed_bytes
 from dseek.plan.plan import Plan
-from dseek.plan.weights import formats_text
+from dseek.plan.weights import Weights, formats_text, uniform
 
 SEED, SPREAD = 2, 1.25
 """Of the factors that move weights off the 4-bit grid; not those that the plan's prior was measured with."""
@@ -30,7 +33,8 @@ SEED, SPREAD = 2, 1.25
 BUDGETS = (0.01, 0.02, 0.05, 0.1)
 WINDOW = 512
 
-PIECE = 256
+PIECE = 8
+"""Rows of a step while text is judged."""
 
 FACTOR_BAR = 1.5
 """Largest factor between the loss that is foreseen and the loss that is measured, either way."""
@@ -46,10 +50,12 @@ SINGLE = ("fp32", "bf16", "fp16", "int8", "int4")
 
 
 def mixed_plan_loss(settings: Settings) -> Outcome:
-    """Plans for the least memory within several budgets, against the model in fp32, through the engine.
+    """Mixtures that save most bytes within several budgets, against the model in fp32, through the engine.
 
+    The search itself may find a single format as good within a tie, so the mixtures are made here, as it makes them.
     The loss measured is the divergence of the predictions, over held-out text; the rise of the log-loss and its
-    standard error are told beside it. What counts is the worst factor of all budgets.
+    standard error are told beside it. What counts is the worst factor of all budgets. The text runs in steps of so few
+    rows that inputs are rounded as they are while an answer is written, which is what calibrations foresee.
     """
     folder = str(models.off_grid_folder(models.SMOLLM2, SEED, SPREAD))
     path = calibration_file(
@@ -63,14 +69,14 @@ def mixed_plan_loss(settings: Settings) -> Outcome:
     windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]
     exact = _plan(folder, str(path), settings, precision="fp32", max_quality_loss=10.0)
     budgets = BUDGETS[: settings.pick(len(BUDGETS), 1)]
-    tried = [_plan(folder, str(path), settings, objective="memory", max_quality_loss=budget) for budget in budgets]
+    mixtures = [_mixture(folder, str(path), settings, budget) for budget in budgets]
+    tried = [made for made, _ in mixtures]
     found = []
-    for budget, made, (divergence, rise, error) in zip(
-        budgets, tried, _losses(folder, exact, tried, windows), strict=True
+    for budget, (made, foreseen), (divergence, rise, error) in zip(
+        budgets, mixtures, _losses(folder, exact, tried, windows), strict=True
     ):
         if not 0 < divergence < 1:
             raise IncorrectError(f"the plan for {budget:g} diverges by {divergence} nats from fp32")
-        foreseen = _foreseen(made)
         found.append(
             {
                 "budget": budget,
@@ -104,11 +110,41 @@ def _plan(folder: str, calibration: str, settings: Settings, objective: Any = "l
             encodings=files.encodings(),
             model=folder,
             num_threads=settings.threads,
-            prefill_chunk_tokens=PIECE,  # logits of all plans come in the same pieces
+            prefill_chunk_tokens=PIECE,
             attention=AttentionWish(kind="dense"),
             **calibrated(files, calibration),
             **options,
         )
+
+
+def _mixture(folder: str, calibration: str, settings: Settings, budget: float) -> tuple[Plan, float]:
+    """A plan with the mixture that saves most bytes within a budget, and the loss it is expected to have."""
+    base = _plan(folder, calibration, settings, precision="int8", max_quality_loss=10.0)
+    with open_model(folder) as files:
+        shape, encodings = files.shape, files.encodings()
+        measured = calibrated(files, calibration)["losses"]
+    losses = quality.completed_losses(shape, encodings, measured.projections)
+    every = [uniform(variant, shape, losses, measured.tables) for variant in VARIANTS]
+    home = min((weights for weights in every if weights.precision == "int8"), key=lambda weights: weights.loss)
+    sizes = shape.linear_sizes()
+
+    def num_bytes(weights: Weights) -> float:
+        places = (item for layer in weights.layer_formats for item in layer.by_role().items())
+        return float(sum(packed_bytes(name, *sizes[role]) for role, name in places))
+
+    in_cache = quality.cache_loss(base.cache_dtype, measured.caches)
+    mixed = mixing.mix(home, every, losses, budget - in_cache, num_bytes)
+    if mixed is None:
+        raise BenchmarkError(f"no mixture keeps within {budget:g}")
+    made = dataclasses.replace(
+        base,
+        precision="mixed",
+        layer_formats=mixed.layer_formats,
+        embedding_format=mixed.table_format,
+        head_format=mixed.table_format,
+        activation_limits=(),
+    )
+    return made, mixed.loss + in_cache
 
 
 def _foreseen(made: Plan) -> float:

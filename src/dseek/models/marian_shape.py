@@ -170,7 +170,14 @@ def marian_shape(config: Mapping[str, Any], generation: Mapping[str, Any] | None
 
 
 def shape_fields(shape: MarianShape) -> dict[str, Any]:
-    """List the fields of a shape, for files that must be of the same model."""
+    """List the fields of a shape, for files that must be of the same model.
+
+    Args:
+        shape: the model.
+
+    Returns:
+        Field to value.
+    """
     return dataclasses.asdict(shape)
 
 
