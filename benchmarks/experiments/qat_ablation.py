@@ -3,10 +3,11 @@
 Trains a small CNN and an MLP on Fashion-MNIST (Debian's `dataset-fashion-mnist`, `/usr/share/datasets/fashion-mnist`;
 or any folder with its four files), rounds them to 8, 4 and 2 bits of weights and activations (first and last layer: 8),
 and trains them on with each estimator from the same start: steps of least squared error, which are those of
-post-training rounding (`ptq`). `lsq (mean)` starts from the paper's steps instead; `(slow)` moves steps at a tenth of
-the rate. `wide` is the float network trained on as long, so that what more training does is not counted for rounding.
-Accuracy is that of the converted module on the integer kernels over the 10,000 test images, after the last pass;
-nothing is chosen by it. Every run is kept in `--out` as it ends, so a stopped experiment goes on where it was.
+post-training rounding (`ptq`). `lsq (mean)` starts from the paper's steps instead, `(slow)` moves steps at a tenth of
+the rate, `(inner)` learns none in the first and last layer, `(adam)` takes AdamW instead of SGD. `wide` is the float
+network trained on as long, so that what more training does is not counted for rounding. Accuracy is that of the
+converted module on the integer kernels over the 10,000 test images, after the last pass; nothing is chosen by it. Every
+run is kept in `--out` as it ends, so a stopped experiment goes on where it was.
 """
 
 from __future__ import annotations
@@ -42,7 +43,23 @@ QAT_RATE, QAT_RATE_OF_8_BITS = 0.01, 0.001
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
 MEAN, DEVIATION = 0.2860, 0.3530
 
-ARMS = ("wide", "ptq", "ste", "ewgs", "lsq", "lsq+ewgs", "lsq (mean)", "lsq (slow)", "lsq+ewgs (slow)")
+ARMS = (
+    "wide",
+    "ptq",
+    "ste",
+    "ewgs",
+    "lsq",
+    "lsq+ewgs",
+    "lsq (mean)",
+    "lsq (slow)",
+    "lsq+ewgs (slow)",
+    "lsq (inner)",
+    "lsq+ewgs (inner)",
+    "ste (adam)",
+    "lsq (adam)",
+    "lsq+ewgs (adam)",
+)
+ADAM_RATE = 0.001
 SLOW_STEPS = 0.1
 
 
@@ -144,8 +161,10 @@ def train(
     num_passes: int,
     seed: int,
     before_pass: Callable[[int], None] = lambda index: None,
+    *,
+    adam: bool = False,
 ) -> None:
-    """Train with momentum and a rate that falls along a cosine.
+    """Train with momentum, or Adam, and a rate that falls along a cosine.
 
     Args:
         net: in place.
@@ -154,8 +173,10 @@ def train(
         num_passes: over the data.
         seed: of the order.
         before_pass: called with the number of the pass.
+        adam: whether AdamW takes the steps.
     """
-    optimizer = torch.optim.SGD(list(groups), momentum=MOMENTUM, nesterov=True)
+    chosen = list(groups)
+    optimizer = torch.optim.AdamW(chosen) if adam else torch.optim.SGD(chosen, momentum=MOMENTUM, nesterov=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_passes * (len(data.labels) // BATCH))
     for number in range(num_passes):
         before_pass(number)
@@ -199,7 +220,8 @@ def config_of(net: torch.nn.Sequential, arm: str, bits: int) -> qat.QatConfig:
         "batch_norm": "batch",
     }
     products = [name for name, layer in net.named_children() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
-    ends = {name: qat.QatConfig(**options) for name in (products[0], products[-1])}
+    fixed = {"estimator": estimator.removeprefix("lsq+").replace("lsq", "ste")} if arm.endswith("(inner)") else {}
+    ends = {name: qat.QatConfig(**options | fixed) for name in (products[0], products[-1])}
     return qat.QatConfig(weight_bits=bits, activation_bits=bits, overrides=ends, **options)
 
 
@@ -242,11 +264,13 @@ def run_arm(
                 qat.freeze_batch_norm(prepared, frozen=number == num_passes - 1 and num_passes > 1)
                 deltas.extend(found.values())
 
+        adam = arm.endswith("(adam)")
+        rate = ADAM_RATE if adam else rate
         steps = rate * (SLOW_STEPS if arm.endswith("(slow)") else 1.0)
         groups = qat.parameter_groups(
-            prepared, learning_rate=rate, weight_decay=WEIGHT_DECAY, step_learning_rate=steps, adaptive=False
+            prepared, learning_rate=rate, weight_decay=WEIGHT_DECAY, step_learning_rate=steps, adaptive=adam
         )
-        train(prepared, groups, training, num_passes, 50 + seed, before_pass)
+        train(prepared, groups, training, num_passes, 50 + seed, before_pass, adam=adam)
     result = {"accuracy": accuracy(qat.convert(prepared), test)}
     return result | ({"delta": statistics.mean(deltas)} if deltas else {})
 

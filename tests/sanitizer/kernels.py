@@ -19,7 +19,7 @@ from tests.sanitizer.process import load
 SHAPES = ((1, 1), (2, 31), (5, 3), (16, 16), (17, 33), (30, 63), (33, 65), (47, 95), (70, 129), (128, 257), (6, 1040))
 """Output channels and inputs."""
 FEW_ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 70)
-BLOCK_BYTES = {"F32": 128, "F16": 64, "BF16": 64, "Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
+BLOCK_BYTES = {"F32": 128, "F16": 64, "BF16": 64, "Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "I8_CHANNEL": 32}
 """Bytes of 32 values in each encoding that is packed directly."""
 
 BATCHES = (
@@ -49,7 +49,9 @@ def products(native: ModuleType, rng: np.random.Generator) -> None:
                 product = native.linear(rng.standard_normal((rows, inputs), dtype=np.float32), blob)
                 assert product.shape == (rows, channels) and np.isfinite(product).all()
         for encoding, num_bytes in BLOCK_BYTES.items():
-            pieces = [(encoding, rows, rng.integers(0, 256, rows * 3 * num_bytes, np.uint8)) for rows in (3, 16, 21)]
+            # A row of I8_CHANNEL is 96 bytes behind its scale.
+            row_bytes = 4 + 96 if encoding == "I8_CHANNEL" else 3 * num_bytes
+            pieces = [(encoding, rows, rng.integers(0, 256, rows * row_bytes, np.uint8)) for rows in (3, 16, 21)]
             blob = native.pack_encoded(weight_format, pieces, 96)
             native.linear(rng.standard_normal((5, 96), dtype=np.float32), blob)  # numbers of any kind, infinite too
     caller = Caller(native, rng)
