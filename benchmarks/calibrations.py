@@ -5,9 +5,14 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks import standard_library
 from benchmarks.paths import work_dir
+from dseek.core.errors import FileFormatError
+
+if TYPE_CHECKING:
+    from dseek.models.files import ModelFiles
 
 NUM_FILES = 8
 """Files of the standard library's training part that are read."""
@@ -43,10 +48,20 @@ def calibration_file(
         name = f"{weights_fingerprint(files)}-{max_tokens}-{sensitivity_tokens}-{'-'.join(formats)}.json"
         path = work_dir() / "calibrations" / name
         print(f"benchmarks: calibrating {folder} into {path}", file=sys.stderr)
-        root = standard_library.root()
-        texts = [(name, files.tokenizer().encode((root / name).read_text(encoding="utf-8"))) for name in names]
+        texts = [(name, _token_ids(files, name, max_tokens)) for name in names]
         calibrate(files, cut(texts, settings), names, path, settings, lambda what, done, total: None)
     return path
+
+
+def _token_ids(files: ModelFiles, name: str, num_tokens: int) -> list[int]:
+    """Token ids of a file; random ones for a model with random weights, which has no tokenizer."""
+    try:
+        tokenizer = files.tokenizer()
+    except FileFormatError:
+        order = random.Random(name)
+        return [order.randrange(files.shape.vocab_size) for _ in range(num_tokens)]
+    text = (standard_library.root() / name).read_text(encoding="utf-8")
+    return list(tokenizer.encode(text))
 
 
 def held_out_ids(folder: str, num_tokens: int) -> list[int]:
