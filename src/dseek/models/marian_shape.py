@@ -6,7 +6,6 @@ sides with tied embeddings, sinusoidal positions, norms after the residual sum. 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -167,18 +166,6 @@ def marian_shape(config: Mapping[str, Any], generation: Mapping[str, Any] | None
         start_id=values.integer("decoder_start_token_id", **ids, default=pad_id),
         suppressed_ids=_suppressed(ConfigValues(generation or config, "generation_config.json"), size),
     )
-
-
-def shape_fields(shape: MarianShape) -> dict[str, Any]:
-    """List the fields of a shape, for files that must be of the same model.
-
-    Args:
-        shape: the model.
-
-    Returns:
-        Field to value.
-    """
-    return dataclasses.asdict(shape)
 
 
 def _refuse_variants(values: ConfigValues) -> None:
