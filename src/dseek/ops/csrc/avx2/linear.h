@@ -1,7 +1,8 @@
 // Linear kernels for AVX2 with FMA: register tiles of a few rows x one or two panels that fill the sixteen registers.
 //
-// There is no bf16 and no four-way byte product here: bf16 becomes float before it is multiplied, bytes are multiplied
-// pairwise with the sign of the weight moved to the input (see `add_products`).
+// There is no bf16 and no four-way byte product here. With many rows, bf16 and groups become floats and int8 becomes
+// int16 before they are multiplied, rows and panels once for all their products; bytes themselves are multiplied
+// pairwise, with the sign of the weight moved to the input (see `add_products`).
 #pragma once
 
 #include <immintrin.h>
@@ -103,16 +104,16 @@ struct FloatTile256 {
     }
 };
 
-constexpr int kFloatRows = 6;
+constexpr int kWideRows = 6;  // of a tile: twelve registers of sums
 
 // f32 and f16 weights with f32 rows.
 template <bool kHalf>
 void linear_floats(const LinearCall& call) {
     const Linear& weight = *call.weight;
-    for_each_tile_256<kFloatRows>(call, FloatTile256<kHalf>{call,
-                                                            {call.rows->row<float>(call.row_begin), call.rows->stride,
-                                                             weight.panel(call.panel_begin),
-                                                             panel_bytes(weight.format, weight.k_padded), weight.k}});
+    for_each_tile_256<kWideRows>(call, FloatTile256<kHalf>{call,
+                                                           {call.rows->row<float>(call.row_begin), call.rows->stride,
+                                                            weight.panel(call.panel_begin),
+                                                            panel_bytes(weight.format, weight.k_padded), weight.k}});
 }
 
 // bf16 weights with a few bf16 rows, widened as they are used.
@@ -183,7 +184,7 @@ inline void linear_widened_floats(const LinearCall& call) {
         }
         const FloatOperands operands{wide_rows, k, reinterpret_cast<const uint8_t*>(wide_panels), panel_floats * 4,
                                      static_cast<int>(k)};
-        for_each_tile_256<kFloatRows>(part, FloatTile256<false>{part, operands});
+        for_each_tile_256<kWideRows>(part, FloatTile256<false>{part, operands});
     }
 }
 
@@ -192,6 +193,16 @@ inline void linear_widened_floats(const LinearCall& call) {
 inline __m256i add_products(__m256i sums, __m256i weights, __m256i magnitudes, __m256i inputs) {
     const __m256i pairs = _mm256_maddubs_epi16(magnitudes, _mm256_sign_epi8(inputs, weights));
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// Integer sums, times the scale of each channel and row.
+template <int kRows, int kPanels>
+void finish_scaled(const LinearCall& call, int row, int panel, TileSums<kRows, kPanels> sums) {
+    for (int p = 0; p < kPanels; ++p) {
+        const f32x16 scale = load(call.weight->channel_scale() + (panel + p) * kPanel);
+        for (int r = 0; r < kRows; ++r) sums.of[r][p] *= scale * call.rows->scale[row + r];
+    }
+    finish_rows(call, row, panel, sums);
 }
 
 // i8c weights with token_u8 rows, i8p weights with plain_u8 rows.
@@ -222,14 +233,75 @@ struct ChannelTile256 {
                 }
             }
         }
-        TileSums<kRows, kPanels> scaled = copied(sums);
-        for (int p = 0; p < kPanels; ++p) {
-            const f32x16 scale = load(weight.channel_scale() + (panel + p) * kPanel);
-            for (int r = 0; r < kRows; ++r) scaled.of[r][p] *= scale * call.rows->scale[row + r];
-        }
-        finish_rows(call, row, panel, scaled);
+        finish_scaled(call, row, panel, copied(sums));
     }
 };
+
+// The same with many rows: both sides as 16-bit integers, which one instruction multiplies in pairs; bytes take three, for
+// the sign has to move and their sums to be widened. The sums are the same integers.
+struct ShortTile256 {
+    const LinearCall& call;
+    const int16_t* rows;    // [rows][k_padded], of row_begin
+    const int16_t* panels;  // [k_padded / 2][16][2] each, of panel_begin
+
+    template <int kRows, int kPanels>
+    void run(int row, int panel) const {
+        const Linear& weight = *call.weight;
+        const size_t k = weight.k_padded, panel_stride = k * kPanel;
+        const int16_t* x[kRows];
+        for (int r = 0; r < kRows; ++r) x[r] = rows + static_cast<size_t>(row + r - call.row_begin) * k;
+        const int16_t* w = panels + static_cast<size_t>(panel - call.panel_begin) * panel_stride;
+        __m256i sums[kRows][kPanels][2] = {};
+        for (size_t i = 0; i < k; i += 2, w += 2 * kPanel) {
+#pragma GCC unroll 2
+            for (int p = 0; p < kPanels; ++p) {
+                const __m256i low = load32(w + p * panel_stride), high = load32(w + p * panel_stride + kPanel);
+#pragma GCC unroll 8
+                for (int r = 0; r < kRows; ++r) {
+                    const __m256i value = broadcast4(x[r] + i);
+                    sums[r][p][0] = _mm256_add_epi32(sums[r][p][0], _mm256_madd_epi16(low, value));
+                    sums[r][p][1] = _mm256_add_epi32(sums[r][p][1], _mm256_madd_epi16(high, value));
+                }
+            }
+        }
+        finish_scaled(call, row, panel, copied(sums));
+    }
+};
+
+// Widens one panel of int8 [k / 4][16][4] to [k / 2][16][2] of 16 bits.
+inline void widen_to_shorts(const Linear& weight, int panel, int16_t* out) {
+    const uint8_t* source = weight.panel(panel);
+    for (int i = 0; i < weight.k_padded; i += 4, source += 4 * kPanel, out += 4 * kPanel) {
+        const auto quads = load_as<i32x16>(source);
+        const auto pair = [&quads](int first, int second) {
+            return (((quads << first) >> 24) & 0xffff) ^ (((quads << second) >> 24) << 16);
+        };
+        store_as(out, pair(24, 16));
+        store_as(out + 2 * kPanel, pair(8, 0));
+    }
+}
+
+inline void linear_widened_shorts(const LinearCall& call) {
+    constexpr int kShortRows = 4;  // products need registers of their own before they are added
+    const Linear& weight = *call.weight;
+    const size_t k = weight.k_padded, panel_shorts = k * kPanel, rows = call.row_end - call.row_begin;
+    thread_local Scratch room;
+    auto* wide_rows = reinterpret_cast<int16_t*>(room.get((rows * k + 2 * panel_shorts) * 2 + 64));
+    auto* wide_panels = wide_rows + (rows * k + 31) / 32 * 32;
+    for (size_t row = 0; row < rows; ++row) {
+        const uint8_t* source = call.rows->row<uint8_t>(call.row_begin + static_cast<int>(row));
+        for (size_t i = 0; i < k; ++i) wide_rows[row * k + i] = static_cast<int16_t>(source[i] - 128);
+    }
+    LinearCall part = call;
+    for (int panel = call.panel_begin; panel < call.panel_end; panel += 2) {
+        part.panel_begin = panel;
+        part.panel_end = std::min(panel + 2, call.panel_end);
+        for (int p = panel; p < part.panel_end; ++p) {
+            widen_to_shorts(weight, p, wide_panels + (p - panel) * panel_shorts);
+        }
+        for_each_tile_256<kShortRows>(part, ShortTile256{part, wide_rows, wide_panels});
+    }
+}
 
 // The integer products of one row and one group of a panel, sixteen channels.
 inline f32x16 group_products(const uint8_t* source, const int8_t* x, bool four_bits) {
@@ -302,9 +374,12 @@ inline void linear_avx2(const LinearCall& call) {
         case Format::f32: linear_floats<false>(call); return;
         case Format::f16: linear_floats<true>(call); return;
         case Format::i8c:
-        case Format::i8p: for_each_tile_256<kByteRows>(call, ChannelTile256{call}); return;
+        case Format::i8p:
+            if (call.row_end - call.row_begin < kWideRows) for_each_tile_256<kByteRows>(call, ChannelTile256{call});
+            else linear_widened_shorts(call);
+            return;
         case Format::bf16:
-            if (call.row_end - call.row_begin < kFloatRows) for_each_tile_256<kFloatRows>(call, Bf16Tile256{call});
+            if (call.row_end - call.row_begin < kWideRows) for_each_tile_256<kWideRows>(call, Bf16Tile256{call});
             else linear_widened_floats(call);
             return;
         case Format::i8g:
