@@ -44,7 +44,7 @@ CALIBRATION_CHARACTERS = 1_000_000
 
 
 def quality_w8a8(settings: Settings) -> Outcome:
-    """int8 weights with a scale a channel and int8 activations with a scale a token, rotated, as dseek loads a model."""
+    """int8 weights with a scale a channel and int8 activations with a scale a token, rotated as dseek loads a model."""
     texts = _measured_texts(settings)
     path = models.own_path(MODEL)
     own = _rotated(settings, path, texts)
