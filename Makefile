@@ -10,7 +10,7 @@ CPP_FILES = $(shell find src/dseek/ops/csrc -name '*.cpp' -o -name '*.h' -o -nam
 # The kernels are built by whatever cmake and ninja the environment holds; PATH goes first so that both are found.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help venv dev native run test sanitize lint format flags bench clean
+.PHONY: help venv dev native run test rows sanitize lint format flags bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -46,6 +46,9 @@ run: venv ## bring the embedded model, measure this machine, print the plan, ans
 
 test: dev ## the tests
 	$(BIN)/python -m pytest
+
+rows: dev ## run benchmark rows on their smallest sizes, to see that they work (minutes)
+	$(BIN)/python -m pytest -m rows tests/benchmarks
 
 sanitize: dev ## build the kernels with AddressSanitizer and run what hunts for memory errors
 	@test -e "$$(g++ -print-file-name=libasan.so)" || { echo "sanitize: g++ has no libasan.so; install the one of its version" >&2; exit 1; }

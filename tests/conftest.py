@@ -100,3 +100,13 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(was_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = was_filled
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the rows out unless `-m` names them: they load models several times over, and PyTorch's bf16 is slow."""
+    if "rows" in config.getoption("markexpr"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("rows")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("rows")]

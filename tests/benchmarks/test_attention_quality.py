@@ -167,6 +167,7 @@ def test_row_without_prose_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -
         attention_quality.prose_perplexity(Settings(smoke=True))
 
 
+@pytest.mark.rows
 @pytest.mark.native
 @pytest.mark.model
 @pytest.mark.slow

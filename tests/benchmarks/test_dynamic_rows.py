@@ -21,6 +21,7 @@ from dseek.plan.attention_wish import AttentionWish
 SMOKE = Settings(threads=1, rounds=1, smoke=True)
 
 
+@pytest.mark.rows
 @pytest.mark.native
 def test_training_runs_and_checks_gradients() -> None:
     outcome = row("train-attention").measure(SMOKE)
@@ -37,6 +38,7 @@ def test_training_runs_and_checks_gradients() -> None:
                 training._check(checks)
 
 
+@pytest.mark.rows
 @pytest.mark.native
 def test_shards_run_and_check_rows_and_choices() -> None:
     outcome = row("shards-100k").measure(SMOKE)
@@ -53,6 +55,7 @@ def test_shards_run_and_check_rows_and_choices() -> None:
             shards._check({**right, **wrong})
 
 
+@pytest.mark.rows
 @pytest.mark.slow
 @pytest.mark.native
 @pytest.mark.usefixtures("embedded_model")

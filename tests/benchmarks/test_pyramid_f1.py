@@ -281,6 +281,7 @@ def test_row_needs_data(monkeypatch: pytest.MonkeyPatch) -> None:
         ROWS["pyramid-f1"].measure(Settings(smoke=True))
 
 
+@pytest.mark.rows
 def test_row_runs(monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path) -> None:
     monkeypatch.setenv("BENCHMARKS_SQUAD_FILES", str(data))
     monkeypatch.setenv("BENCHMARKS_PYRAMID_F1_DIR", str(tmp_path / "row"))
