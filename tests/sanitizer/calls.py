@@ -93,7 +93,9 @@ def damaged(value: Any, rng: np.random.Generator) -> Any:
         return float(rng.choice(VALUES))
     if isinstance(value, tuple) and value and isinstance(value[0], np.ndarray):
         place = int(rng.integers(len(value)))
-        return (*value[:place], damaged_array(value[place], rng), *value[place + 1 :])
+        part = value[place]  # a list, where it was damaged before
+        changed_part = damaged_array(part, rng) if isinstance(part, np.ndarray) else damaged(part, rng)
+        return (*value[:place], changed_part, *value[place + 1 :])
     if isinstance(value, list) and value and isinstance(value[0], tuple):
         changed = [list(part) for part in value]
         part = changed[int(rng.integers(len(changed)))]
@@ -226,6 +228,15 @@ class Caller:
                 "down_bias": None,
                 "window": int(rng.integers(0, 100)),
             },
+            "Decoder.set_limits": lambda: {"layer": int(rng.integers(0, 2)), "limits": np.abs(floats(4)).tolist()},
+            "Decoder.set_wide": lambda: {
+                "layer": int(rng.integers(0, 2)),
+                "qkv": self.blob(query + 2 * kv, SIZES.hidden),
+                "output": self.blob(SIZES.hidden, query),
+                "gate_up": self.blob(2 * SIZES.inner, SIZES.hidden, interleaved=True),
+                "down": self.blob(SIZES.hidden, SIZES.inner),
+            },
+            "Decoder.swap_wide": lambda: {"layer": int(rng.integers(0, 2))},
             "Decoder.set_tables": lambda: {
                 "embedding": self.blob(SIZES.vocab, SIZES.hidden),
                 "head": self.blob(SIZES.vocab, SIZES.hidden),
@@ -344,6 +355,9 @@ class Caller:
             decoder = self.native.Decoder(**self.arguments("Decoder"))  # one whose cache nothing else allocates
             decoder.set_pattern(0, near_blocks=[1, 1], top_blocks=1)
             decoder.allocate_cache(2)
+        if name == "Decoder.swap_wide" and self.rng.random() < 0.5:
+            for layer in range(2):
+                decoder.set_wide(**(self.arguments("Decoder.set_wide") | {"layer": layer}))
         if owner == "EncoderDecoder":
             decoder = self.translator
             if method.startswith("add_"):
