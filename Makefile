@@ -44,8 +44,10 @@ run: venv ## bring the embedded model, measure this machine, print the plan, ans
 	$(BIN)/dseek plan smollm2
 	$(BIN)/dseek generate smollm2 "$(PROMPT)"
 
-test: dev ## the tests
-	$(BIN)/python -m pytest
+test: dev ## the tests, two files at a time; then those that watch terminals, clocks and installations, alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+	    --ignore tests/cli --ignore tests/hardware --ignore tests/contracts
+	$(BIN)/python -m pytest tests/cli tests/hardware tests/contracts
 
 rows: dev ## run benchmark rows on their smallest sizes, to see that they work (minutes)
 	$(BIN)/python -m pytest -m rows tests/benchmarks
