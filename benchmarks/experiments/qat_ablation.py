@@ -14,23 +14,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gzip
 import itertools
 import json
 import math
 import statistics
-import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks.experiments.fashion_mnist import Data, read_data
 from dseek.compress import qat
 from dseek.core.errors import ConfigError
 
@@ -41,7 +39,6 @@ QAT_RATE, QAT_RATE_OF_8_BITS = 0.01, 0.001
 """Source: Esser et al. 2020, LSQ, section 3: a tenth of the network's own rate, and a tenth of that for 8 bits."""
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4
-MEAN, DEVIATION = 0.2860, 0.3530
 
 ARMS = (
     "wide",
@@ -61,55 +58,6 @@ ARMS = (
 )
 ADAM_RATE = 0.001
 SLOW_STEPS = 0.1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Data:
-    """Images [N, 1, 28, 28], normalised, and labels [N]."""
-
-    images: torch.Tensor
-    """float32."""
-    labels: torch.Tensor
-    """int64."""
-
-
-def read_idx(path: Path, shape: Sequence[int]) -> np.ndarray:
-    """Read a gzipped IDX file of bytes.
-
-    Args:
-        path: the file.
-        shape: its dimensions but the first.
-
-    Returns:
-        uint8 [N, *shape].
-
-    Raises:
-        ConfigError: it is not there, or no such file.
-    """
-    if not path.is_file():
-        raise ConfigError(f"there is no {path}", needed="the folder of Debian's dataset-fashion-mnist")
-    with gzip.open(path) as file:
-        content = file.read(1 << 27)
-    head = 4 * (len(shape) + 2)
-    numbers = struct.unpack_from(f">{len(shape) + 2}I", content) if len(content) >= head else ()
-    expected = (0x800 + len(shape) + 1, *numbers[1:2], *shape)
-    if numbers != expected or len(content) - head != math.prod(numbers[1:]):
-        raise ConfigError(f"{path} is no IDX file of bytes of the shape {tuple(shape)}")
-    return np.frombuffer(content, dtype=np.uint8, offset=head).reshape(numbers[1:])
-
-
-def read_data(folder: Path, part: str, most: int | None = None) -> Data:
-    """Read training or test images.
-
-    Args:
-        folder: of the four files.
-        part: train or t10k.
-        most: images, the first ones; None is all.
-    """
-    images = read_idx(folder / f"{part}-images-idx3-ubyte.gz", (28, 28))[:most]
-    labels = read_idx(folder / f"{part}-labels-idx1-ubyte.gz", ())[:most]
-    wide = (torch.from_numpy(images.copy()).float()[:, None] / 255 - MEAN) / DEVIATION
-    return Data(images=wide, labels=torch.from_numpy(labels.astype(np.int64)))
 
 
 def small_cnn() -> torch.nn.Sequential:

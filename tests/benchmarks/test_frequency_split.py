@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks.experiments import frequency_split as experiment
+from benchmarks.experiments import lite0
 from dseek.compress.frequency_split import FrequencySplitConfig, convert
 from dseek.core.errors import ConfigError
 
@@ -26,18 +27,18 @@ def photographs(tmp_path: Path) -> Path:
 
 
 def test_images_are_cut_and_held_out(photographs: Path) -> None:
-    calibration, held_out = experiment.load_images([photographs])
+    calibration, held_out = lite0.load_images([photographs])
     assert calibration.shape == (6, 3, 224, 224) and held_out.shape == (3, 3, 224, 224)
     assert -1 <= float(calibration.min()) < float(calibration.max()) <= 1.01
     with pytest.raises(ConfigError, match="at least two"):
-        experiment.load_images([photographs / "0.png"])
+        lite0.load_images([photographs / "0.png"])
     (photographs / "0.png").write_bytes(b"broken")
     with pytest.raises(ConfigError, match="photograph"):
-        experiment.load_images([photographs])
+        lite0.load_images([photographs])
 
 
 def test_kinds_are_taken_from_the_report_and_drawn(photographs: Path) -> None:
-    images = experiment.load_images([photographs])[0][:, :, :24, :24]
+    images = lite0.load_images([photographs])[0][:, :, :24, :24]
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1)).requires_grad_(False)
     _, report = convert(network, images, FrequencySplitConfig(cost="operations", max_error=0.01))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from benchmarks.experiments import qat_ablation
+from benchmarks.experiments import fashion_mnist, qat_ablation
 from dseek.core.errors import ConfigError
 
 
@@ -69,12 +69,12 @@ def test_gains_are_by_seed() -> None:
 
 def test_files_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no"):
-        qat_ablation.read_data(tmp_path, "train")
+        fashion_mnist.read_data(tmp_path, "train")
     write_data(tmp_path)
-    data = qat_ablation.read_data(tmp_path, "train", 100)
+    data = fashion_mnist.read_data(tmp_path, "train", 100)
     assert data.images.shape == (100, 1, 28, 28) and data.labels.dtype == torch.int64
     for content in (b"", b"\0" * 40, struct.pack(">4I", 0x803, 7, 28, 28) + b"\0" * 100):
         with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb") as file:
             file.write(content)
         with pytest.raises(ConfigError, match="IDX"):
-            qat_ablation.read_data(tmp_path, "train")
+            fashion_mnist.read_data(tmp_path, "train")

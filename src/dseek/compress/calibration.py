@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,9 +99,9 @@ class _State:
         except OSError as error:
             raise ConfigError(f"the calibration cannot be written to {self.path}: {error.strerror or error}") from None
 
-    def change(self, **losses: object) -> None:
+    def change(self, **losses: Any) -> None:
         """Replace some of the losses."""
-        changed = dataclasses.replace(self.calibration.losses, **losses)  # type: ignore[arg-type]
+        changed = dataclasses.replace(self.calibration.losses, **losses)
         self.calibration = dataclasses.replace(self.calibration, losses=changed)
 
 
@@ -307,6 +308,6 @@ def _measure(sums: Sensitivity, decoder: Decoder, state: _State, formats: Sequen
         progress("projections", index + 1, len(places))
 
 
-def _with(table: dict, name: str, role: str, values: tuple) -> dict:  # type: ignore[type-arg]
+def _with(table: dict[str, Any], name: str, role: str, values: tuple[Any, ...]) -> dict[str, Any]:
     """The table with one row replaced."""
     return {**table, name: {**table[name], role: values}}
