@@ -17,6 +17,9 @@ import pytest
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
+ONLY_WHERE_NAMED = ("rows", "sanitizer")
+"""Markers of tests that need minutes, or a build of their own."""
+
 
 def _nothing_may_be_missing(report: Report) -> Report:
     """Turn a skip into a failure where the environment says `CI`; an expected failure stays what it is."""
@@ -103,10 +106,14 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the rows out unless `-m` names them: they load models several times over, and PyTorch's bf16 is slow."""
-    if "rows" in config.getoption("markexpr"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("rows")]
+    """Leave out tests whose marker, one of `ONLY_WHERE_NAMED`, the run did not ask for.
+
+    Args:
+        config: holds the expression given with `-m`.
+        items: all collected tests; changed in place.
+    """
+    unnamed = [marker for marker in ONLY_WHERE_NAMED if marker not in config.getoption("markexpr")]
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in unnamed)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("rows")]
+        items[:] = [item for item in items if item not in left_out]

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from torchao import quantization as torchao
+from torchao.quantization import qat as torchao_qat
 
 from dseek.compress import qat
 from dseek.core.errors import ConfigError
-
-torchao_qat = pytest.importorskip("torchao.quantization.qat")
-torchao = pytest.importorskip("torchao.quantization")
 
 DTYPES = {2: torch.int2, 3: torch.int3, 4: torch.int4, 8: torch.int8}
 

@@ -2,7 +2,7 @@
 //
 // With AVX-512 a value is one register and the compiler's own vector type. Elsewhere it is two or four registers as
 // members of a struct: GCC lowers a vector type that is wider than the machine's registers through the stack, which
-// made every portable kernel some twenty times slower than this.
+// made portable kernels ten to thirty times slower than this.
 #pragma once
 
 #include <cstdint>
