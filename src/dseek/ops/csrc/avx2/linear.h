@@ -237,8 +237,8 @@ struct ChannelTile256 {
     }
 };
 
-// The same with many rows: both sides as 16-bit integers, which one instruction multiplies in pairs; bytes take three, for
-// the sign has to move and their sums to be widened. The sums are the same integers.
+// The same with many rows: both sides as 16-bit integers, which one instruction multiplies in pairs; bytes take three,
+// for the sign has to move and their sums to be widened. The sums are the same integers.
 struct ShortTile256 {
     const LinearCall& call;
     const int16_t* rows;    // [rows][k_padded], of row_begin
