@@ -19,27 +19,13 @@ from dseek.compress.compressed_layout import (
     quantization_config,
     to_bytes,
 )
-from dseek.compress.folder_config import config_from_shape, write_tokenizer
 from dseek.compress.ptq import PROJECTIONS, PtqConfig, RoundedLayer, read_layer
-from dseek.compress.safetensors_stream import StreamTensor, write_stream
 from dseek.core.files import atomic_write_text
 from dseek.models.encoding import to_float32
 from dseek.models.files import ModelFiles
+from dseek.models.folder_config import COPIED, config_from_shape, write_tokenizer
 from dseek.models.folder_files import FolderFiles
-
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE",
-)
-"""Files of a source folder that are copied where they are there."""
+from dseek.models.safetensors_stream import StreamTensor, write_stream
 
 
 def default_dtype(files: ModelFiles) -> str:

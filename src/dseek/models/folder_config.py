@@ -16,6 +16,20 @@ from dseek.models.families import FAMILIES
 from dseek.models.rope import inverse_frequencies
 from dseek.models.tokenizer import Tokenizer
 
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+    "LICENSE",
+)
+"""Files of a source folder that are copied where they are there."""
+
 _LLAMA3_LENGTH = 8192
 _LLAMA3_FACTORS = (8.0, 32.0)
 
