@@ -1,10 +1,10 @@
 """AdamW whose two moments take one byte each: blocks of values, each with its own scale.
 
-A block of 256 values keeps its largest magnitude in float32 and each value as an 8-bit code of its share of that, spaced
-by a power law: a code c stands for (c / 127)^2 with its sign in the first moment and for (c / 255)^4 in the second. So
-small values keep a relative precision, as in the tables of Dettmers et al., but without a table: a root and a rounding
-are elementwise, which on a processor is several times quicker than looking up 256 entries. A second moment that is not
-zero never becomes zero, since it is divided by. Parameters below 4,096 values keep float32.
+A block of 256 values keeps its largest magnitude in float32 and each value as an 8-bit code of its share of that,
+spaced by a power law: a code c stands for (c / 127)^2 with its sign in the first moment, for (c / 255)^4 in the second.
+So small values keep a relative precision, as in the tables of Dettmers et al., but without a table: a root and a
+rounding are elementwise, which on a processor is quicker than looking up 256 entries. A second moment that is not zero
+never becomes zero, since it is divided by. Parameters below 4,096 values keep float32.
 
 Why not torchao's: on a processor its 8-bit AdamW took 92 ms where this machine's fused one takes 2 (4.2M parameters).
 

@@ -1,4 +1,4 @@
-"""`StepData`: the batches of one step of the optimiser for one rank, the next step's made ready while this one computes.
+"""`StepData`: one rank's batches of one step of the optimiser, the next step's made ready while this one computes.
 
 Rows have numbers in one global order that no number of ranks changes: batch a of rank r in step s holds the rows
 ((s A + a) W + r) B to that plus B - 1, for A batches, W ranks and B rows. So every number of ranks learns from the same

@@ -7,11 +7,12 @@ file or a model exists is found out by who opens it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from dseek.core.config import load_toml
+from dseek.core.config import from_mapping, read_toml
 from dseek.core.errors import ConfigError
 
 ScheduleName = Literal["linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"]
@@ -298,7 +299,7 @@ class TrainConfig:
         if self.shape is not None and not self.from_scratch:
             raise ConfigError("the table shape is given, but from_scratch is false", remedy="leave one of them out")
         if self.from_scratch and self.method != "full":
-            raise ConfigError(f"method is {self.method!r} with from_scratch", needed="method = \"full\"")
+            raise ConfigError(f"method is {self.method!r} with from_scratch", needed='method = "full"')
         if self.eval_steps and not self.data.eval:
             raise ConfigError(f"eval_steps is {self.eval_steps}, but data.eval names no file")
         if self.optim == "adamw_8bit" and self.memory.offload_optimizer != "none":
@@ -308,11 +309,13 @@ class TrainConfig:
             )
 
 
-def load_config(path: str | Path) -> TrainConfig:
+def load_config(path: str | Path, changes: Sequence[str] = ()) -> TrainConfig:
     """Read a training's TOML file.
 
     Args:
         path: the file.
+        changes: `KEY=VALUE` each, which replace what the file says; a key inside a table is `TABLE.KEY`, and a value
+            that is no TOML is a text.
 
     Returns:
         The configuration, checked. Relative paths in it are relative to the working folder.
@@ -320,7 +323,28 @@ def load_config(path: str | Path) -> TrainConfig:
     Raises:
         ConfigError: the file cannot be read, a key is unknown (the nearest one is named), or a value is wrong.
     """
-    return load_toml(TrainConfig, path)
+    data = read_toml(path)
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"the change {change!r} has no key and value", needed="KEY=VALUE, such as max_steps=100")
+        *tables, last = key.strip().split(".")
+        table: Any = data
+        for name in tables:
+            table = table.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"the change {change!r} names {name!r}, which is no table")
+        table[last] = _value(value.strip())
+    return from_mapping(TrainConfig, data, where=str(path))
+
+
+def _value(text: str) -> Any:
+    import tomllib
+
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return text
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -1,6 +1,6 @@
 """`Corpus`: documents of text, JSONL and parquet files one after the other, from any place that a `Position` names.
 
-Files are read as they are needed, never whole: a text file comes in pieces, JSONL by the line, parquet by the row group.
+Files are read as they are needed, never whole: a text file comes in pieces, JSONL by the line, parquet by row groups.
 What is read is checked as somebody else's data: UTF-8, one JSON object a line, sizes within limits; an error names the
 file and the line. A position is four numbers, so a training that was stopped goes on at the very same document.
 """
@@ -67,7 +67,7 @@ class Corpus:
     """
 
     def __init__(self, patterns: tuple[str, ...], config: DataConfig, *, seed: int = 0, shuffle: bool = False) -> None:
-        self.paths = _find(patterns)
+        self.paths = find_files(patterns)
         self.files = [_open(path, config) for path in self.paths]
         self._seed, self._shuffle = seed, shuffle
         self._index: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
@@ -111,7 +111,7 @@ class Corpus:
         return None
 
     def _read_shuffled(self, position: Position) -> Piece | None:
-        _, files, offsets = self._documents()
+        _, files, _ = self._documents()
         if position.order_idx >= len(files):
             return None
         unit = self.files[position.file_idx].read(position.offset)
@@ -130,9 +130,7 @@ class Corpus:
         if order_idx >= len(files):
             return Position(epoch=epoch, order_idx=order_idx)
         chosen = int(self._order_of(epoch)[order_idx])
-        return Position(
-            epoch=epoch, order_idx=order_idx, file_idx=int(files[chosen]), offset=int(offsets[chosen])
-        )
+        return Position(epoch=epoch, order_idx=order_idx, file_idx=int(files[chosen]), offset=int(offsets[chosen]))
 
     def _documents(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Groups, files and offsets of all documents, found once; those of a group are near each other on disk."""
@@ -172,7 +170,18 @@ def no_documents(paths: list[Path]) -> ConfigError:
     )
 
 
-def _find(patterns: tuple[str, ...]) -> list[Path]:
+def find_files(patterns: tuple[str, ...]) -> list[Path]:
+    """Find the files that patterns name.
+
+    Args:
+        patterns: names; `*`, `?`, `**` and `[...]` stand for what they do in a shell.
+
+    Returns:
+        The files, those of a pattern in order of name.
+
+    Raises:
+        ConfigError: a pattern names no file.
+    """
     paths: list[Path] = []
     for pattern in patterns:
         expanded = str(Path(pattern).expanduser())

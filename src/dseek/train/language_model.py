@@ -77,9 +77,9 @@ class LanguageModel(nn.Module):
             positions_BT = restarted_positions(documents_BT)
             flat = stack.rotary_emb(positions_BT.flatten(), x_BTD.dtype, context_tokens=num_tokens)
             rotation = tuple(part.view(*positions_BT.shape, -1) for part in flat)
-            same_B1TT = (documents_BT[:, :, None] == documents_BT[:, None, :])[:, None]
-            plain = same_B1TT & visible(indices_T, indices_T, None)
-            windowed = None if window is None else same_B1TT & visible(indices_T, indices_T, window)
+            same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
+            plain = _added(same_BTT & visible(indices_T, indices_T, None), x_BTD)
+            windowed = None if window is None else _added(same_BTT & visible(indices_T, indices_T, window), x_BTD)
         for layer, block in enumerate(stack.layers):
             if self._is_windowed(layer):
                 x_BTD = block(x_BTD, rotation, windowed, False, None)
@@ -91,6 +91,14 @@ class LanguageModel(nn.Module):
     def _is_windowed(self, layer: int) -> bool:
         shape = self.decoder.shape
         return shape.sliding_window is not None and (shape.window_layers is None or shape.window_layers[layer])
+
+
+def _added(seen_BTT: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
+    """A mask as attention adds it to scores, [B, 1, T, T], made once: each block would widen a boolean one itself."""
+    device = x_BTD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BTD.dtype
+    mask = torch.zeros(seen_BTT.shape, dtype=dtype, device=x_BTD.device)
+    return mask.masked_fill_(~seen_BTT, float("-inf"))[:, None]
 
 
 def restarted_positions(documents_BT: torch.Tensor) -> torch.Tensor:

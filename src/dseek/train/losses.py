@@ -1,8 +1,8 @@
 """Cross entropy of a linear head that never holds all logits: some rows at a time, gradients made on the way forward.
 
 The gradient of a sum of cross entropies needs nothing but the logits, so each chunk's logits become its gradient where
-they lie and are gone before the next chunk is computed. The head is multiplied once in the forward pass and not again in
-the backward pass, which only scales. N rows, D width, V vocabulary.
+they lie and are gone before the next chunk is computed. The head is multiplied in the forward pass alone; the backward
+pass only scales. N rows, D width, V vocabulary.
 """
 
 from __future__ import annotations

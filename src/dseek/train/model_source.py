@@ -102,7 +102,9 @@ class ModelSource:
                     shutil.copyfile(self._folder / name, folder / name)
         else:
             write_tokenizer(self.tokenizer, self.shape, folder)
-        described = {key: value for key, value in self._described.items() if key not in ("dtype", "quantization_config")}
+        described = {
+            key: value for key, value in self._described.items() if key not in ("dtype", "quantization_config")
+        }
         described["torch_dtype"] = "float32"
         atomic_write_text(folder / "config.json", json.dumps(described, indent=2) + "\n")
 
@@ -124,7 +126,7 @@ def _changed(shape: ModelShape, options: ShapeOptions) -> ModelShape:
         width, rest = divmod(described["hidden_size"], max(1, described["num_attention_heads"]))
         if rest:
             raise ConfigError(
-                f"shape.hidden_size {described['hidden_size']} is no multiple of {described['num_attention_heads']} heads",
+                f"shape: a width of {described['hidden_size']} over {described['num_attention_heads']} heads",
                 remedy="set shape.head_dim",
             )
         described["head_dim"] = width

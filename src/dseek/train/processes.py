@@ -44,6 +44,32 @@ class Processes:
         """This process speaks for all."""
         return self.rank == 0
 
+    def gather(self, *values: float) -> torch.Tensor:
+        """Bring together values of all ranks. All ranks call this together.
+
+        Args:
+            values: this rank's.
+
+        Returns:
+            float64 [ranks, values], the same on every rank.
+
+        Raises:
+            PeerError: a peer died or does not answer.
+        """
+        own = torch.tensor(values, dtype=torch.float64)
+        if self.world_size == 1:
+            return own[None]
+        own = own.to(self.device)
+        every = [torch.empty_like(own) for _ in range(self.world_size)]
+        try:
+            dist.all_gather(every, own)
+        except RuntimeError as error:
+            raise PeerError(
+                f"a peer died or does not answer ({str(error).strip().splitlines()[0]})",
+                remedy="look at the first rank that failed, and start all of them again",
+            ) from error
+        return torch.stack(every).cpu()
+
     def sum(self, *values: float) -> list[float]:
         """Add up values of all ranks. All ranks call this together.
 
@@ -56,18 +82,7 @@ class Processes:
         Raises:
             PeerError: a peer died or does not answer.
         """
-        if self.world_size == 1:
-            return list(values)
-        own = torch.tensor(values, dtype=torch.float64, device=self.device)
-        every = [torch.empty_like(own) for _ in range(self.world_size)]
-        try:
-            dist.all_gather(every, own)
-        except RuntimeError as error:
-            raise PeerError(
-                f"a peer died or does not answer ({str(error).strip().splitlines()[0]})",
-                remedy="look at the first rank that failed, and start all of them again",
-            ) from error
-        total: list[float] = torch.stack(every).sum(dim=0).tolist()
+        total: list[float] = self.gather(*values).sum(dim=0).tolist()
         return total
 
     def wait(self) -> None:

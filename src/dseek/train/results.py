@@ -150,9 +150,7 @@ def _write_model(folder: Path, prepared: Prepared, config: TrainConfig, processe
     parameters = dict(prepared.model.named_parameters())
     listed = [(stored, parameters[name]) for stored, name in _learned_names(prepared, config).items()]
     lora = config.method == "lora"
-    saving.write_tensors(
-        folder / (ADAPTER_WEIGHTS if lora else saving.WEIGHTS), listed, writes=processes.is_first
-    )
+    saving.write_tensors(folder / (ADAPTER_WEIGHTS if lora else saving.WEIGHTS), listed, writes=processes.is_first)
     if not processes.is_first:
         return
     if lora:

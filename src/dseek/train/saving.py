@@ -1,7 +1,7 @@
 """Checkpoints of a training, and its result: folders in Hugging Face layout that are there whole or not at all.
 
-`checkpoint-N` holds the model (or the adapter), the optimiser's state, and where in the data the next step begins. It is
-written under another name and renamed when everything is on disk, so that the newest folder of that name is always a
+`checkpoint-N` holds the model (or the adapter), the optimiser's state, and where in the data the next step begins. It
+is written under another name and renamed when everything is on disk, so that the newest folder of that name is always a
 whole one. Tensors are put together and written one at a time. Tensors are whole, so any number of ranks may go on from
 them; only the 8-bit optimiser, whose blocks are of a rank's part, has a file for each rank and wants as many again.
 """
@@ -32,6 +32,7 @@ STATE = "trainer_state.json"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int8: "I8", torch.uint8: "U8"}
+_REMEDY = "remove this checkpoint, and the one before it is gone on from"
 _FOLDER = re.compile(r"checkpoint-(\d+)")
 
 
@@ -124,9 +125,7 @@ def write_tensors(
     listed = list(tensors)
     if writes:
         stream = [
-            StreamTensor(
-                name=name, dtype=_DTYPES[tensor.dtype], shape=tuple(tensor.shape), make=bytes_of(name, tensor)
-            )
+            StreamTensor(name=name, dtype=_DTYPES[tensor.dtype], shape=tuple(tensor.shape), make=bytes_of(name, tensor))
             for name, tensor in listed
         ]
         write_stream(path, stream, {"format": "pt"})
@@ -153,7 +152,7 @@ def read_tensors(path: Path, names: Iterable[str]) -> Iterable[tuple[str, torch.
             for name in names:
                 yield name, stored.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"{path}: {error}", remedy="remove this checkpoint and go on from the one before") from None
+        raise FileFormatError(f"{path}: {error}", remedy=_REMEDY) from None
 
 
 def stored_names(path: Path) -> list[str]:
@@ -169,7 +168,7 @@ def stored_names(path: Path) -> list[str]:
         with safe_open(str(path), framework="pt") as stored:
             return list(stored.keys())
     except (SafetensorError, OSError) as error:
-        raise FileFormatError(f"{path}: {error}", remedy="remove this checkpoint and go on from the one before") from None
+        raise FileFormatError(f"{path}: {error}", remedy=_REMEDY) from None
 
 
 def optimizer_file(folder: Path, tensors: list[tuple[str, torch.Tensor]], rank: int, world_size: int) -> Path:

@@ -1,8 +1,8 @@
 """What each rank keeps of weights, gradients and the optimiser's state: the three stages of ZeRO on PyTorch's FSDP2.
 
 `zero1`: the state alone is shared. Gradients of a step's batches are added up whole and exchanged once; weights are
-gathered once and kept until the step. `zero2`: gradients are exchanged and shared after every batch. `zero3`: weights too
-are gathered block by block, in the forward and again in the backward pass. `none`: every rank holds everything, and
+gathered once and kept until the step. `zero2`: gradients are exchanged and shared after every batch. `zero3`: weights
+too are gathered block by block, in the forward and again in the backward pass. `none`: every rank holds everything, and
 gradients are averaged. For one batch a step, zero1 and zero2 are the same.
 
 Source: Rajbhandari et al. 2020, ZeRO, section 5; Zhao et al. 2023, PyTorch FSDP, section 3.

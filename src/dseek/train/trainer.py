@@ -39,6 +39,7 @@ from dseek.train.processes import Processes
 from dseek.train.results import restore, save_checkpoint, save_result
 from dseek.train.saving import TrainerState
 from dseek.train.schedule import learning_rate
+from dseek.train.shards import whole
 
 logger = get_logger(__name__)
 
@@ -63,6 +64,8 @@ class TrainResult:
     """The same of the evaluation files, at the end; None without any."""
     output_dir: Path
     """Where everything is."""
+    peak_bytes: int = 0
+    """Memory of the rank that held most, at its most."""
 
 
 class Trainer:
@@ -99,7 +102,7 @@ class Trainer:
         self.log_history: list[dict[str, float]] = []
         self.last_loss: float | None = None
         self.eval_loss: float | None = None
-        self._stop_wanted = False
+        self.stop_wanted = False
         self._resume()
         self.num_steps = config.max_steps if config.max_steps > 0 else self._count_steps()
 
@@ -137,7 +140,7 @@ class Trainer:
 
     def stop(self) -> None:
         """Ask for an end after the step under way; may be called from a signal handler."""
-        self._stop_wanted = True
+        self.stop_wanted = True
 
     def learn(self, step: StepBatches) -> bool:
         """Take one step of the optimiser.
@@ -153,9 +156,7 @@ class Trainer:
         """
         started_s = time.perf_counter()
         # 1. All ranks agree on how much a label weighs.
-        num_labels, num_tokens, wants = self.processes.sum(
-            step.num_labels, step.num_tokens, float(self._stop_wanted)
-        )
+        num_labels, num_tokens = self.processes.sum(step.num_labels, step.num_tokens)
         # 2. Gradients of the mean over all labels of the step, whatever batch and rank they are in.
         loss_sum = torch.zeros((), device=self.processes.device)
         for number, batch in enumerate(step.batches):
@@ -169,7 +170,8 @@ class Trainer:
         rate = learning_rate(self.config, self.global_step, self.num_steps)
         norm = self._clip()
         set_learning_rate(self.optimizer, rate)
-        total = self.processes.sum(float(loss_sum))[0] / max(1.0, num_labels)
+        total, wants = self.processes.sum(float(loss_sum), float(self.stop_wanted))
+        total /= max(1.0, num_labels)
         if total != total or total in (float("inf"), float("-inf")):
             raise NotFiniteError(
                 f"the loss of step {self.global_step + 1} is {total}",
@@ -250,7 +252,7 @@ class Trainer:
         learned = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         longest = self.config.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(learned, longest)
-        return float(saving.whole(norm))
+        return float(whole(norm))
 
     def _report(self, figures: dict[str, float]) -> None:
         self._tell("step", global_step=self.global_step, num_steps=self.num_steps, **figures)
