@@ -214,7 +214,7 @@ def block_activation_bytes(work: TrainingWork) -> int:
     norms = (2 * scaled * WIDE + inputs) * width + 2 * WIDE
     attention = (2 * queries + 2 * keys) * narrow + shape.num_heads * WIDE
     if shape.qk_norm:
-        attention += 2 * (queries + keys) * WIDE + (shape.num_heads + shape.num_kv_heads) * WIDE
+        attention += scaled * (queries + keys) * WIDE + (shape.num_heads + shape.num_kv_heads) * WIDE
     mlp = 4 * shape.intermediate_size * narrow
     if work.mlp_chunk_tokens:
         mlp = 0

@@ -91,10 +91,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         grad_ND, grad_VD = ctx.saved_tensors
-        # Both are this function's alone, so they are scaled where they lie.
         return (
-            None if grad_ND is None else grad_ND.mul_(grad.to(grad_ND.dtype)),
-            None if grad_VD is None else grad_VD.mul_(grad.to(grad_VD.dtype)),
+            None if grad_ND is None else grad_ND * grad.to(grad_ND.dtype),
+            None if grad_VD is None else grad_VD * grad.to(grad_VD.dtype),
             None,
             None,
         )

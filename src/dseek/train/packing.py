@@ -99,7 +99,7 @@ class PackedRows:
                 continue
             encoded = self._encoder.encode(piece)
             found_any = found_any or bool(encoded.token_ids)
-            new_document = piece.begins
+            new_document = piece.begins and used == 0
             if self._is_whole(encoded):
                 encoded = self._shortened(encoded, piece.place)
                 if len(encoded.token_ids) > row.room and not row.is_empty:
