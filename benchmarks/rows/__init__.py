@@ -209,10 +209,10 @@ _ALL = (
         place="quantised:quality_w8a8_file",
     ),
     Row(
-        name="quality-int4-torchao",
+        name="quality-int4-peers",
         claim="Rise of perplexity over fp32 on the same texts, int4 in groups of 32 written by dseek quantize, weights "
-        "off their file's 4-bit grid; peer torchao int4 in the same groups",
-        place="quantised:quality_int4_torchao",
+        "off their file's 4-bit grid; peer the best of torchao int4, llama.cpp Q4_K_M and OpenVINO int4",
+        place="quantised:quality_int4_peers",
     ),
     Row(
         name="gate-8k",
