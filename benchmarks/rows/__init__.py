@@ -134,7 +134,7 @@ _ALL = (
     ),
     Row(
         name="attention-dense-16k",
-        claim="Dense causal attention, 16,384 tokens, 8 heads of 64, bf16; peer PyTorch SDPA",
+        claim="Dense causal attention, 16,384 tokens, 8 heads of 64, bf16; peer PyTorch SDPA in its faster dtype",
         place="attention:attention_dense_16k",
         min_ratio=4.0,
         min_limit_share=0.55,
@@ -142,7 +142,8 @@ _ALL = (
     ),
     Row(
         name="attention-sparse-16k",
-        claim="Dynamic attention, 16,384 tokens, 8 heads of 64, bf16, means and selection included; peer PyTorch SDPA",
+        claim="Dynamic attention, 16,384 tokens, 8 heads of 64, bf16, means and selection included; peer PyTorch SDPA "
+        "in its faster dtype",
         place="attention:attention_sparse_16k",
         min_ratio=15.0,
         quick=True,
@@ -156,8 +157,8 @@ _ALL = (
     ),
     Row(
         name="train-attention",
-        claim="Training of dynamic attention, 16,384 tokens, 8 heads of 64, bf16; peer PyTorch SDPA; bars 2.5x forward "
-        "and 1.7x backward, the ratio is the smaller share of its bar",
+        claim="Training of dynamic attention, 16,384 tokens, 8 heads of 64, bf16; peer PyTorch SDPA in its faster "
+        "dtype; bars 2.5x forward and 1.7x backward, the ratio is the smaller share of its bar",
         place="training:train_attention",
         min_ratio=1.0,
         quick=True,
