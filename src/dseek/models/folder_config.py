@@ -16,20 +16,6 @@ from dseek.models.families import FAMILIES
 from dseek.models.rope import inverse_frequencies
 from dseek.models.tokenizer import Tokenizer
 
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE",
-)
-"""Files of a source folder that are copied where they are there."""
-
 _LLAMA3_LENGTH = 8192
 _LLAMA3_FACTORS = (8.0, 32.0)
 
@@ -120,7 +106,7 @@ def _llama3_scaling(shape: ModelShape) -> dict[str, Any]:
     raise UnsupportedModelError(
         "the file's rotary frequencies have divisors of their own",
         needed="those of Llama 3.1 or 3.2",
-        remedy="quantise the Hugging Face folder of the model, or write --format gguf",
+        remedy="take the Hugging Face folder of the model as the source, or write --format gguf",
     )
 
 

@@ -20,9 +20,10 @@ from dseek.core.files import atomic_write_text
 from dseek.core.shape import ModelShape
 from dseek.models.families import shape_from_config
 from dseek.models.files import ModelFiles, open_model
-from dseek.models.folder_config import COPIED, config_from_shape, write_tokenizer
+from dseek.models.folder_config import config_from_shape, write_tokenizer
 from dseek.models.folder_files import FolderFiles, read_json_object
 from dseek.models.folder_tokenizer import tokenizer_from_folder
+from dseek.models.folder_writer import COPIED
 from dseek.models.tokenizer import Tokenizer
 from dseek.train.config import ShapeOptions, TrainConfig
 from dseek.train.lora import initial_adapter, is_adapter

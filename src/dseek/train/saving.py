@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from dseek.core.config import load_json, to_plain
 from dseek.core.errors import ConfigError, FileFormatError
 from dseek.core.files import atomic_write_text
-from dseek.models.safetensors_stream import StreamTensor, write_stream
+from dseek.models.safetensors_writer import StreamTensor, write_stream
 from dseek.train.packing import RowState
 from dseek.train.shards import whole
 
