@@ -18,6 +18,7 @@ from dseek.cli.main import main
 from dseek.core.errors import ConfigError, FileFormatError, MemoryLimitError, NotFiniteError
 from dseek.models.decoder import Decoder
 from dseek.models.files import open_model
+from dseek.train import offload
 from dseek.train.batches import make_batch
 from dseek.train.config import load_config
 from dseek.train.lora import ADAPTER_WEIGHTS
@@ -173,6 +174,33 @@ def test_eight_bit_moments_learn_as_wide_ones_do(folder: Path, texts: Path, tmp_
     before = weights(tmp_path / "narrow")
     run(narrow_config)
     assert same(before, weights(tmp_path / "narrow"))
+
+
+def test_moments_on_disk_are_those_in_memory(
+    folder: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload, "OFFLOAD_PART_VALUES", 2048)
+    near = losses(run(config_of(folder, texts, tmp_path / "near", weight_decay=0.1))[1])
+    config = config_of(folder, texts, tmp_path / "far", weight_decay=0.1, memory__offload_optimizer="disk")
+    result, first = run(config, stop_after=2)
+    assert result.was_stopped and not list((tmp_path / "far").glob("*.bin"))
+    assert losses(first) + losses(run(config)[1]) == pytest.approx(near, rel=1e-6)
+    for name, values in weights(tmp_path / "near").items():
+        torch.testing.assert_close(weights(tmp_path / "far")[name], values, rtol=0, atol=1e-6)
+    with pytest.raises(ConfigError, match="the processor computes"):
+        run(config_of(folder, texts, tmp_path / "no", memory__offload_optimizer="cpu"))
+
+
+def test_moments_in_the_hosts_memory_are_those_beside_the_weights() -> None:
+    torch.manual_seed(0)
+    near, far = (torch.nn.Parameter(torch.ones(3000)) for _ in range(2))
+    optimizers = torch.optim.AdamW([near], weight_decay=0.0, fused=True), offload.OffloadedAdamW([far], None)
+    for _ in range(3):
+        near.grad = torch.randn(3000)
+        far.grad = near.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(far, near, rtol=0, atol=1e-7)
 
 
 def test_a_loss_that_is_no_number_ends_the_training(folder: Path, texts: Path, tmp_path: Path) -> None:

@@ -39,6 +39,9 @@ def _train_all(rank: int, world_size: int, folder: str, out: str) -> dict[str, l
     narrow = SETTINGS | {"per_device_train_batch_size": 1, "memory__shard_strategy": "zero2", "optim": "adamw_8bit"}
     found["narrow"] = losses(run(config_of(model, texts, Path(out) / "narrow", **narrow))[1])
     onward = config_of(model, texts, Path(out) / "narrow", **narrow | {"max_steps": 5})
+    disk = SETTINGS | {"per_device_train_batch_size": 1, "memory__shard_strategy": "zero3"}
+    disk |= {"memory__offload_optimizer": "disk"}
+    found["disk"] = losses(run(config_of(model, texts, Path(out) / "disk", **disk))[1])
     found["onward"] = losses(run(onward)[1])
     return found
 
@@ -57,6 +60,7 @@ def test_every_stage_learns_what_one_process_learns(folder: Path, tmp_path: Path
         assert found[name] == pytest.approx(expected, rel=1e-5), name
         for tensor, values in _weights(tmp_path / name / "model.safetensors").items():
             assert abs(values - weights[tensor]).max() < 2e-5, (name, tensor)
+    assert found["disk"] == pytest.approx(expected[:4], rel=1e-5)
     _, told = run(config_of(folder, texts, tmp_path / "lora-one", method="lora", lora__merge=True, **SETTINGS))
     assert found["lora"] == pytest.approx(losses(told), rel=1e-5)
     merged, other = (_weights(tmp_path / name / "merged/model.safetensors") for name in ("lora", "lora-one"))

@@ -25,6 +25,8 @@ LOGITS_CHUNK_TOKENS = 1024
 """Rows of the head at a time where all of them are too many; a chunk this long loses nothing against the whole."""
 LOGITS_WHOLE_BYTES = 64 << 20
 """Logits up to so many bytes are made at once."""
+OFFLOAD_PART_VALUES = 1 << 20
+"""Values whose moments are brought at a time where they lie elsewhere."""
 EIGHT_BIT_BYTES = 2 + 2 * 4 / 256
 """Bytes a parameter of two moments with 8-bit codes and a scale for 256 of them."""
 
@@ -167,7 +169,9 @@ def predict_training(work: TrainingWork, process_bytes: int) -> TrainingMemory:
     else:
         gradients = (learned // world + 2 * block + (0 if work.lora_rank else table)) * WIDE
     a_parameter = EIGHT_BIT_BYTES if work.optimizer == "adamw_8bit" else 2.0 * WIDE
-    moments = 0 if work.offload != "none" else int(a_parameter * (learned // world if shared else learned))
+    moments = int(a_parameter * (learned // world if shared else learned))
+    if work.offload != "none":
+        moments = min(moments, 3 * 2 * WIDE * OFFLOAD_PART_VALUES)
 
     # 3. Activations and the loss.
     block_bytes = block_activation_bytes(work)

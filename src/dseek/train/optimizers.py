@@ -7,21 +7,30 @@ name and as whole tensors, so that it can be kept by one number of ranks and tak
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from dseek.core.errors import ConfigError
 from dseek.train.adamw_8bit import AdamW8bit
 from dseek.train.config import TrainConfig
+from dseek.train.offload import OffloadedAdamW
+from dseek.train.processes import Processes
+from dseek.train.shards import local
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainConfig, processes: Processes) -> torch.optim.Optimizer:
     """Make the optimiser of the parameters that are learned.
 
     Args:
         model: whose parameters have their memory.
-        config: which optimiser, and its figures.
+        config: which optimiser, its figures, and where its state lies.
+        processes: this rank, and where it computes.
+
+    Raises:
+        ConfigError: the state is to lie where it would lie anyway, or there is no room for it.
     """
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -36,6 +45,15 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     }
     if config.optim == "adamw_8bit":
         return AdamW8bit(groups, **options)
+    offload = config.memory.offload_optimizer
+    if offload == "cpu" and processes.device.type == "cpu":
+        raise ConfigError(
+            'memory.offload_optimizer is "cpu", and the processor computes',
+            needed='"none" or "disk": its memory is where the state lies anyway',
+        )
+    if offload != "none":
+        file = Path(config.output_dir) / f"moments-{processes.rank + 1:05d}.bin" if offload == "disk" else None
+        return OffloadedAdamW(groups, file, **options)
     return torch.optim.AdamW(groups, **options, fused=config.optim == "adamw_torch_fused")
 
 
@@ -63,3 +81,42 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterato
     for name, parameter in model.named_parameters():
         for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             yield f"{key}.{name}", value
+
+
+def put_state(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, key: str, value: torch.Tensor) -> None:
+    """Put a tensor of a kept state where the optimiser has it.
+
+    Args:
+        optimizer: of `make_optimizer`.
+        parameter: whose state it is.
+        key: of the state, such as `exp_avg`.
+        value: shared as the parameter is.
+    """
+    if isinstance(optimizer, OffloadedAdamW) and key != "step":
+        local(optimizer.state[parameter][key]).copy_(local(value))
+        optimizer.release()
+    else:
+        optimizer.state[parameter][key] = value
+
+
+def release(optimizer: torch.optim.Optimizer) -> None:
+    """Let go of memory that reading a state has brought in.
+
+    Args:
+        optimizer: of `make_optimizer`.
+    """
+    if isinstance(optimizer, OffloadedAdamW):
+        optimizer.release()
+
+
+def end(optimizer: torch.optim.Optimizer, config: TrainConfig, rank: int) -> None:
+    """Take away what an optimiser has beside its state.
+
+    Args:
+        optimizer: of `make_optimizer`.
+        config: the training.
+        rank: this process.
+    """
+    if isinstance(optimizer, OffloadedAdamW):
+        optimizer.close()
+        (Path(config.output_dir) / f"moments-{rank + 1:05d}.bin").unlink(missing_ok=True)

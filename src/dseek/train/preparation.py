@@ -92,7 +92,7 @@ def make_model(config: TrainConfig, source: ModelSource, processes: Processes, c
     model = LanguageModel(decoder, choice.logits_chunk_tokens)
     shards = Shards(model, choice.shard_strategy, processes.world_size, processes.device)
     fill(model, processes.device, lambda name, sizes: source.tensor(name.removeprefix("decoder."), sizes))
-    return Prepared(source=source, model=model, shards=shards, optimizer=make_optimizer(model, config))
+    return Prepared(source=source, model=model, shards=shards, optimizer=make_optimizer(model, config, processes))
 
 
 def make_rows(config: TrainConfig, source: ModelSource, patterns: tuple[str, ...], *, learned: bool) -> PackedRows:

@@ -19,7 +19,7 @@ from dseek.train.lora import (
     merged_weight,
     write_adapter_config,
 )
-from dseek.train.optimizers import state_tensors
+from dseek.train.optimizers import put_state, release, state_tensors
 from dseek.train.preparation import Prepared
 from dseek.train.processes import Processes
 from dseek.train.saving import Folder, TrainerState
@@ -51,7 +51,12 @@ def save_checkpoint(
     moments = list(state_tensors(prepared.model, prepared.optimizer))
     file = saving.optimizer_file(folder.path, moments, processes.rank, processes.world_size)
     own = file.name != saving.OPTIMIZER
-    saving.write_tensors(file, moments, writes=own or processes.is_first)
+
+    def let_go(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        release(prepared.optimizer)
+        return tensor
+
+    saving.write_tensors(file, moments, writes=own or processes.is_first, change=let_go)
     processes.wait()  # nobody renames before all have written
     if processes.is_first:
         saving.write_state(folder.path, state)
@@ -103,7 +108,7 @@ def restore(folder: Path, state: TrainerState, prepared: Prepared, config: Train
             if key in ("exp_avg", "exp_avg_sq") and tensor.is_floating_point() and config.optim != "adamw_8bit":
                 _check_shape(file, stored, tensor, parameter)
             value = like(parameter, tensor)
-        prepared.optimizer.state[parameter][key] = value
+        put_state(prepared.optimizer, parameter, key, value)
 
 
 def _check_shape(file: Path, name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ from dseek.train import saving
 from dseek.train.batches import Batch, StepBatches, evaluation_batches
 from dseek.train.config import TrainConfig
 from dseek.train.model_source import ModelSource
-from dseek.train.optimizers import set_learning_rate
+from dseek.train.optimizers import end, set_learning_rate
 from dseek.train.packing import RowState
 from dseek.train.preparation import (
     MemoryChoice,
@@ -125,10 +125,11 @@ class Trainer:
                 stopped = self.learn(data.next())
                 self._evaluate_if_due()
                 self._save_if_due(now=stopped)
+            if not stopped:
+                self._finish()
         finally:
             data.close()
-        if not stopped:
-            self._finish()
+            end(self.optimizer, self.config, self.processes.rank)
         return TrainResult(
             global_step=self.global_step,
             num_steps=self.num_steps,
