@@ -190,7 +190,9 @@ def predict_training(work: TrainingWork, process_bytes: int) -> TrainingMemory:
 
     # 4. The most at one time: the loss over all activations; the last block's backward pass; the gradients at the end.
     before = gradients if work.num_batches > 1 else 0
-    after = gradients + again + temporary + (0 if work.lora_rank else table * WIDE)
+    # A tied table has a gradient from the head and one from the embedding, and autograd adds them up in a third place.
+    tied = 2 * table * WIDE if shape.tie_word_embeddings and not work.lora_rank else 0
+    after = gradients + again + temporary + tied
     during = max(activations + max(logits, temporary + again) + before, after)
     return TrainingMemory(
         process_bytes=process_bytes,
