@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 
 from dseek.core.errors import RequestError
 from dseek.engine.request import SamplingParams
-from dseek.engine.sampler import Sampler, distribution, sample
+from dseek.engine.sampler import Sampler, distribution
 
 SETTINGS: list[dict[str, Any]] = [
     {"temperature": 1.0},
@@ -112,13 +111,11 @@ def test_a_seed_decides_whatever_is_beside() -> None:
     logits = np.stack([random_logits(seed) for seed in range(4)])
     params = SamplingParams(temperature=1.0, seed=11)
 
-    def request() -> Any:
-        return SimpleNamespace(sampler=Sampler(params), token_ids=[1])
-
-    alone = request()
-    expected = [sample(logits[2:3], [alone])[0] for _ in range(10)]
-    crowd = [request() for _ in range(4)]
-    assert [sample(logits, crowd)[2] for _ in range(10)] == expected
+    alone = Sampler(params)
+    expected = [alone.choose(logits[2], [1]) for _ in range(10)]
+    crowd = [Sampler(params) for _ in range(4)]
+    answers = [[sampler.choose(row, [1]) for sampler, row in zip(crowd, logits, strict=True)] for _ in range(10)]
+    assert [answer[2] for answer in answers] == expected
     assert len(set(expected)) > 1
     other = Sampler(SamplingParams(temperature=1.0, seed=12))
     assert [other.choose(logits[2], []) for _ in range(10)] != expected

@@ -31,6 +31,11 @@ class PageAllocator:
         """Pages nobody uses."""
         return len(self._free)
 
+    @property
+    def num_cached(self) -> int:
+        """Pages whose contents a later prompt can use."""
+        return 0
+
     def pages_for(self, num_tokens: int) -> int:
         """Count the pages that so many positions need.
 

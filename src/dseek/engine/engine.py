@@ -7,6 +7,7 @@ time may use an engine. Nothing here knows how the model is computed: that is th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 import time
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dseek.core import events
-from dseek.core.errors import NotFiniteError, RequestError
+from dseek.core.errors import DseekError, NotFiniteError, RequestError
 from dseek.engine.batch import Batch, gather
 from dseek.engine.cache import PageAllocator
+from dseek.engine.counters import Counters
 from dseek.engine.request import Request, SamplingParams
 from dseek.engine.runner import Runner
-from dseek.engine.sampler import sample
 from dseek.engine.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -49,7 +50,11 @@ class Engine:
         self.allocator = PageAllocator(runner.num_pages, plan.page_tokens)
         self.scheduler = Scheduler(self.allocator, max_batch=plan.max_batch, chunk_tokens=plan.prefill_chunk_tokens)
         self.context_tokens = min(plan.context_tokens, runner.num_pages * plan.page_tokens)
-        self._num_requests = 0
+        self.counters = Counters()
+        self.isolates_failures = False
+        """Whether a request whose logits are not finite only ends with its error (`Request.error`). Otherwise `step`
+        raises the error too, which then says where those numbers began; finding out takes as long as a load."""
+        self._request_ids = itertools.count()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -66,15 +71,34 @@ class Engine:
         """Some request has not finished."""
         return self.scheduler.has_work
 
-    def add(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> Request:
+    def add(self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0) -> Request:
         """Queue a prompt.
 
         Args:
             prompt_token_ids: at least one id; must leave room in the context for one more.
             params: how to sample and when to end.
+            priority: smaller numbers are computed first.
 
         Returns:
             The request; `step` fills it.
+
+        Raises:
+            RequestError: an id is out of range, or the prompt is empty or too long.
+        """
+        request = self.make_request(prompt_token_ids, params, priority=priority)
+        self.enqueue(request)
+        return request
+
+    def make_request(self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0) -> Request:
+        """Check a prompt and make a request of it, for `enqueue`; any thread may.
+
+        Args:
+            prompt_token_ids: at least one id; must leave room in the context for one more.
+            params: how to sample and when to end.
+            priority: smaller numbers are computed first.
+
+        Returns:
+            The request; nothing of the engine has changed.
 
         Raises:
             RequestError: an id is out of range, or the prompt is empty or too long.
@@ -88,37 +112,41 @@ class Engine:
             )
         if params.seed is None and params.temperature > 0:
             params = dataclasses.replace(params, seed=self.runner.fresh_seed())
-        request = Request(
-            self._num_requests,
+        return Request(
+            next(self._request_ids),
             token_ids,
             params,
             eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
             max_tokens=self.context_tokens,
             stream=self.tokenizer.stream() if params.detokenize else None,
+            priority=priority,
         )
-        self._num_requests += 1
+
+    def enqueue(self, request: Request) -> None:
+        """Queue a request.
+
+        Args:
+            request: from `make_request`.
+        """
         self.scheduler.add(request)
-        return request
 
     def step(self) -> list[Request]:
         """Compute one batch and give every request that is due a token; emits the event `engine.step`.
 
         Returns:
-            The requests that got one, finished or not; empty while only parts of prompts were computed.
+            The requests that got one, finished or not, and those that failed; empty while only parts of prompts were
+            computed.
 
         Raises:
-            NotFiniteError: logits are NaN or infinite.
+            NotFiniteError: the logits of a request are NaN or infinite. It has ended, all others are as after any step.
         """
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return []
         batch = gather(scheduled)
         logits = self.runner.forward(batch)
+        self.counters.count(scheduled)
         events.emit("engine.step", num_rows=batch.num_rows, num_sequences=batch.num_sequences)
-        bad_row = first_bad_row(logits)
-        if bad_row is not None:
-            owner = scheduled[int(np.searchsorted(batch.row_starts, batch.logit_rows[bad_row], side="right")) - 1]
-            raise self._not_finite(owner.token_ids[: owner.num_computed + owner.num_scheduled])
         return self._postprocess(scheduled, logits)
 
     def abort(self, request: Request) -> None:
@@ -128,6 +156,16 @@ class Engine:
             request: one that `add` returned.
         """
         request.finish("abort")
+        self.scheduler.remove(request)
+
+    def fail(self, request: Request, error: DseekError) -> None:
+        """End a request with an error and free its pages. Harmless on a finished one.
+
+        Args:
+            request: one that `add` or `make_request` returned.
+            error: why.
+        """
+        request.fail(error)
         self.scheduler.remove(request)
 
     def logits(self, token_ids: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -201,16 +239,9 @@ class Engine:
 
     def _not_finite(self, token_ids: Sequence[int]) -> NotFiniteError:
         """Say where the numbers of a sequence, whose last token's logits are wrong, stopped being finite."""
-        try:
-            from dseek.engine.number_trace import first_not_finite
-
-            origin = first_not_finite(self.files, self.plan, token_ids)
-        except Exception as error:  # the search must not hide what it was made for
-            where = f"where that began could not be found ({type(error).__name__}: {error})"
-        else:
-            where = "the reference stays finite: a narrow cache, a choice of blocks, or a faulty kernel made them"
-            if origin is not None:
-                where = f"first, {origin}"
+        where = "`dseek generate` with this prompt finds out where that began"
+        if not self.isolates_failures:
+            where = _origin(self.files, self.plan, token_ids)
         return NotFiniteError(
             f"the logits after token {len(token_ids) - 1} are not finite; {where}",
             needed="finite numbers",
@@ -224,13 +255,32 @@ class Engine:
         due = [request for request in scheduled if request.num_computed == len(request.token_ids)]
         if not due:
             return due
-        tokens = sample(logits, due)
         now_s = time.perf_counter()
-        for request, token_id in zip(due, tokens, strict=True):
-            request.accept(token_id, now_s)
+        is_sound = first_bad_row(logits) is None
+        for request, logits_V in zip(due, logits, strict=True):
+            if is_sound or np.isfinite(logits_V).all():
+                request.accept(request.sampler.choose(logits_V, request.token_ids), now_s)
+                self.counters.generated_tokens += 1
+            else:
+                request.fail(self._not_finite(request.token_ids))
             if request.finished:
                 self.scheduler.remove(request)
+        if not (is_sound or self.isolates_failures):
+            raise next(request.error for request in due if request.error is not None)
         return due
+
+
+def _origin(files: ModelFiles, plan: Plan, token_ids: Sequence[int]) -> str:
+    """Say where the numbers of a text stopped being finite."""
+    try:
+        from dseek.engine.number_trace import first_not_finite
+
+        origin = first_not_finite(files, plan, token_ids)
+    except Exception as error:  # the search must not hide what it was made for
+        return f"where that began could not be found ({type(error).__name__}: {error})"
+    if origin is None:
+        return "the reference stays finite: a narrow cache, a choice of blocks, or a faulty kernel made them"
+    return f"first, {origin}"
 
 
 def first_bad_row(logits: np.ndarray) -> int | None:

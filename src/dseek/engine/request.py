@@ -9,13 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from dseek.core.errors import RequestError
+from dseek.core.errors import DseekError, RequestError
 from dseek.engine.sampler import Sampler
 from dseek.engine.text import TextAssembler
+
+if TYPE_CHECKING:
+    from dseek.engine.logprobs import TokenLogprobs
 
 MAX_SEED = 2**63 - 1
 """Largest seed."""
@@ -81,7 +84,7 @@ class RequestOutput:
     text: str
     """The answer without special tokens and without the stop text."""
     finish_reason: str
-    """stop (end token or stop text), length (answer or context full) or abort."""
+    """stop (end token or stop text), length (answer or context full), abort or error."""
     first_token_s: float
     """Seconds from the request's arrival to its first token; 0 if there is none."""
     decode_s: float
@@ -125,16 +128,20 @@ class Request:
         eos_token_ids: ids that end the answer.
         max_tokens: prompt and answer together may not become longer.
         stream: makes text of the answer's ids; None makes no text.
+        priority: smaller numbers are computed first.
     """
 
     __slots__ = (
         "_assembler",
+        "_num_taken",
         "_stream",
         "arrival_s",
         "eos_token_ids",
+        "error",
         "finish_reason",
         "first_token_s",
         "last_token_s",
+        "logprobs",
         "max_tokens",
         "num_computed",
         "num_prompt_tokens",
@@ -142,6 +149,7 @@ class Request:
         "page_table",
         "pages",
         "params",
+        "priority",
         "request_id",
         "sampler",
         "token_ids",
@@ -156,11 +164,13 @@ class Request:
         eos_token_ids: frozenset[int],
         max_tokens: int,
         stream: TokenStream | None,
+        priority: int = 0,
     ) -> None:
         self.request_id = request_id
         self.token_ids: list[int] = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.params = params
+        self.priority = priority
         self.sampler = Sampler(params)
         self.eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
         self.max_tokens = min(max_tokens, self.num_prompt_tokens + params.max_new_tokens)
@@ -172,9 +182,14 @@ class Request:
         self.page_table = np.empty(0, dtype=np.int32)
         """int32 [P], the same pages as a row of `Batch.page_tables`."""
         self.finish_reason: str | None = None
+        self.error: DseekError | None = None
+        """Why the request failed; None unless its `finish_reason` is error."""
+        self.logprobs: list[TokenLogprobs] | None = None
+        """One for each token of the answer, where they are asked for."""
         self.arrival_s = time.perf_counter()
         self.first_token_s = 0.0
         self.last_token_s = 0.0
+        self._num_taken = self.num_prompt_tokens
         self._stream = stream
         self._assembler = TextAssembler(params.stop)
 
@@ -219,6 +234,26 @@ class Request:
         stopped = self._assembler.push(rest)
         self._assembler.flush()
         self.finish_reason = "stop" if stopped else reason
+
+    def fail(self, error: DseekError) -> None:
+        """End the request because it cannot go on; does nothing if it has ended already.
+
+        Args:
+            error: why, for whoever waits for the answer.
+        """
+        if self.finish_reason is None:
+            self.error = error
+            self.finish("error")
+            self.finish_reason = "error"
+
+    def take_tokens(self) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
+        """Return the tokens of the answer that are new since the last call, and their log-probabilities if any."""
+        start, self._num_taken = self._num_taken, len(self.token_ids)
+        token_ids = tuple(self.token_ids[start:])
+        if self.logprobs is None:
+            return token_ids, None
+        first = start - self.num_prompt_tokens
+        return token_ids, tuple(self.logprobs[first : first + len(token_ids)])
 
     def take_text(self) -> str:
         """Return the text that became final since the last call.

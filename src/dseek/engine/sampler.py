@@ -19,7 +19,7 @@ import numpy as np
 from dseek.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from dseek.engine.request import Request, SamplingParams
+    from dseek.engine.request import SamplingParams
 
 
 class Sampler:
@@ -72,25 +72,6 @@ class Sampler:
         logits_V = logits_V.copy()
         logits_V[seen_ids] = np.where(seen_logits < 0, seen_logits * penalty, seen_logits / penalty)
         return logits_V
-
-
-def sample(logits_RV: np.ndarray, requests: Sequence[Request]) -> list[int]:
-    """Choose the next token of every request.
-
-    Args:
-        logits_RV: float32 [R, V], one row a request.
-        requests: R requests.
-
-    Returns:
-        R token ids.
-
-    Raises:
-        RequestError: logits are not finite numbers.
-    """
-    return [
-        request.sampler.choose(logits_V, request.token_ids)
-        for logits_V, request in zip(logits_RV, requests, strict=True)
-    ]
 
 
 def checked_argmax(logits_V: np.ndarray) -> int:
