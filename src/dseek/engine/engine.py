@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dseek.core import events
-from dseek.core.errors import DseekError, NotFiniteError, RequestError
+from dseek.core.errors import ConfigError, DseekError, NotFiniteError, RequestError
 from dseek.engine.batch import Batch, gather
 from dseek.engine.cache import PageAllocator
 from dseek.engine.counters import Counters
+from dseek.engine.lookup import Speculator
 from dseek.engine.prefix_cache import PrefixCache
 from dseek.engine.request import Request, SamplingParams
 from dseek.engine.runner import Runner
@@ -37,12 +38,22 @@ MAX_LOGIT_ROWS = 256
 """Rows of logits asked for at once by `Engine.logits` (256 rows of 49,152 tokens are 50 MB)."""
 
 
+MAX_DRAFT_TOKENS = 64
+"""Longest draft of an answer: all its logits are computed."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOptions:
     """What a user decides about the loop; none of it changes an answer."""
 
     prefix_cache: bool = True
     """Keep computed pages for later prompts that begin alike."""
+    speculate: int = 0
+    """Guess so many tokens of an answer at a time, by prompt lookup; 0 guesses none."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.speculate <= MAX_DRAFT_TOKENS:
+            raise ConfigError(f"speculate is {self.speculate}", needed=f"0 to {MAX_DRAFT_TOKENS} tokens")
 
 
 class Engine:
@@ -62,6 +73,9 @@ class Engine:
         self.options = options = options or EngineOptions()
         self.counters = Counters()
         self.allocator = PageAllocator(runner.num_pages, plan.page_tokens)
+        self.clock = StepClock.predicted(plan)
+        self.now = time.perf_counter
+        """Tells the time in seconds."""
         self.prefixes = PrefixCache(self.allocator) if options.prefix_cache else None
         self.scheduler = Scheduler(
             self.allocator,
@@ -69,10 +83,8 @@ class Engine:
             chunk_tokens=plan.prefill_chunk_tokens,
             prefixes=self.prefixes,
             counters=self.counters,
+            speculator=self._speculator(),
         )
-        self.clock = StepClock.predicted(plan)
-        self.now = time.perf_counter
-        """Tells the time in seconds."""
         self.context_tokens = min(plan.context_tokens, runner.num_pages * plan.page_tokens)
         self.isolates_failures = False
         """Whether a request whose logits are not finite only ends with its error (`Request.error`). Otherwise `step`
@@ -169,8 +181,8 @@ class Engine:
         batch = gather(scheduled)
         start_s = self.now()
         logits = self.runner.forward(batch)
-        num_answers, prompt_rows = self.counters.count(scheduled)
-        self.clock.note(self.now() - start_s, num_answers=num_answers, prompt_rows=prompt_rows)
+        num_answers, other_rows = self.counters.count(scheduled)
+        self.clock.note(self.now() - start_s, num_answers=num_answers, other_rows=other_rows)
         events.emit("engine.step", num_rows=batch.num_rows, num_sequences=batch.num_sequences)
         return self._postprocess(scheduled, logits)
 
@@ -262,6 +274,12 @@ class Engine:
             self.abort(request)
         self.runner.close()
 
+    def _speculator(self) -> Speculator | None:
+        """Make what guesses tokens, where that is asked for."""
+        if self.options.speculate == 0:
+            return None
+        return Speculator(self.options.speculate, None if self.runner.is_shared else self.clock)
+
     def _prompt_rows(self) -> int | None:
         """Rows that prompts may have in a step that answers wait for; None where ranks must decide alike."""
         return None if self.runner.is_shared else self.clock.prompt_rows(self.scheduler.max_rows)
@@ -279,31 +297,55 @@ class Engine:
 
     def _postprocess(self, scheduled: list[Request], logits: np.ndarray) -> list[Request]:
         """Advance every request by its rows, sample for those that are complete and retire the finished."""
+        due: list[Request] = []
+        row = 0
+        is_sound = first_bad_row(logits) is None
+        now_s = self.now()
         for request in scheduled:
             request.num_computed += request.num_scheduled
+            if request.num_computed == len(request.token_ids):
+                num_rows = 1 + len(request.drafts)
+                self._sample(request, logits[row : row + num_rows], is_sound, now_s)
+                row += num_rows
+                due.append(request)
             self.scheduler.advance(request)
-        due = [request for request in scheduled if request.num_computed == len(request.token_ids)]
-        if not due:
-            return due
-        now_s = self.now()
-        is_sound = first_bad_row(logits) is None
-        for request, logits_V in zip(due, logits, strict=True):
-            if is_sound or np.isfinite(logits_V).all():
-                request.accept(request.sampler.choose(logits_V, request.token_ids), now_s)
-                self.counters.generated_tokens += 1
-            else:
-                request.fail(self._not_finite(request.token_ids))
-                self._forget(request)
             if request.finished:
                 self.scheduler.remove(request)
         if not (is_sound or self.isolates_failures):
-            raise next(request.error for request in due if request.error is not None)
+            self._raise_failure(due)
         return due
+
+    def _sample(self, request: Request, logits_RV: np.ndarray, is_sound: bool, now_s: float) -> None:
+        """Choose a request's next token, and those after it as long as its draft was right."""
+        num_right = 0
+        for logits_V in logits_RV:
+            if not (is_sound or np.isfinite(logits_V).all()):
+                request.fail(self._not_finite(request.token_ids))
+                self._forget(request)
+                break
+            request.accept(request.sampler.choose(logits_V, request.token_ids), now_s)
+            self.counters.generated_tokens += 1
+            if request.finished or num_right == len(request.drafts):
+                break
+            if request.token_ids[-1] != request.drafts[num_right]:
+                break
+            num_right += 1
+        request.num_computed += num_right
+        self.counters.accepted_tokens += num_right
+        if self.scheduler.speculator is not None:
+            self.scheduler.speculator.learn(request, num_right)
 
     def _forget(self, request: Request) -> None:
         """Let nobody find pages whose numbers are not finite."""
         if self.prefixes is not None:
             self.prefixes.forget(request.pages)
+
+    @staticmethod
+    def _raise_failure(requests: list[Request]) -> None:
+        """Raise the error of the first request that has one; a guess that was wrong anyway may have had none."""
+        for request in requests:
+            if request.error is not None:
+                raise request.error
 
 
 def _origin(files: ModelFiles, plan: Plan, token_ids: Sequence[int]) -> str:

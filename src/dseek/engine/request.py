@@ -19,6 +19,7 @@ from dseek.engine.text import TextAssembler
 
 if TYPE_CHECKING:
     from dseek.engine.logprobs import TokenLogprobs
+    from dseek.engine.lookup import DraftState
 
 MAX_SEED = 2**63 - 1
 """Largest seed."""
@@ -136,6 +137,7 @@ class Request:
         "_num_taken",
         "_stream",
         "arrival_s",
+        "draft_state",
         "drafts",
         "eos_token_ids",
         "error",
@@ -185,6 +187,8 @@ class Request:
         """Rows of this request in the step that is running."""
         self.drafts: list[int] = []
         """Guesses of the tokens after the last, checked in the step that is running."""
+        self.draft_state: DraftState | None = None
+        """What speculation knows of this text."""
         self.pages: list[int] = []
         self.page_table = np.empty(0, dtype=np.int32)
         """int32 [at least P], the same pages as they stand in `Batch.page_tables`."""
