@@ -131,6 +131,19 @@ class Scheduler:
                 del requests[index]
         self._give_back(request)
 
+    def take(self, num_pages: int) -> list[int] | None:
+        """Take pages for something that is no request, from the requests that matter least if it has to be.
+
+        Args:
+            num_pages: how many.
+
+        Returns:
+            Their indices, to be released by the caller; None if others than requests hold too many.
+        """
+        while self.allocator.num_free < num_pages and self.running:
+            self._preempt(self.running[-1])
+        return self.allocator.allocate(num_pages)
+
     def _admit(self) -> None:
         """Let waiting requests in by rank, while there is a place and there are pages for what they have so far."""
         index = 0
