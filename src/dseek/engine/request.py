@@ -110,6 +110,7 @@ class Request:
         "error",
         "finish_reason",
         "first_token_s",
+        "full_pages",
         "last_token_s",
         "logprobs",
         "max_tokens",
@@ -120,7 +121,6 @@ class Request:
         "num_prompt_tokens",
         "num_scheduled",
         "num_steps",
-        "page_names",
         "page_table",
         "pages",
         "params",
@@ -165,8 +165,8 @@ class Request:
         self.pages: list[int] = []
         self.page_table = np.empty(0, dtype=np.int32)
         """int32 [at least P], the same pages as they stand in `Batch.page_tables`."""
-        self.page_names: list[bytes] = []
-        """Names of full pages, for the prefix cache to fill."""
+        self.full_pages: list[tuple[bytes, bytes]] = []
+        """Names and tokens of full pages, for the prefix cache to fill."""
         self.num_named = 0
         """Pages that the prefix cache has seen full."""
         self.names_pages = True
