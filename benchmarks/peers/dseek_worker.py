@@ -25,7 +25,8 @@ class DseekWorker(Worker):
     def load(self, path: str, threads: int, context_tokens: int, options: dict[str, Any] | None = None) -> Answer:
         """See `worker`."""
         started = time.perf_counter()
-        wanted = {"attention": "dense", **(options or {})}
+        # Prompts are repeated, and every run is to compute them, as with the peers.
+        wanted = {"attention": "dense", "prefix_cache": False, **(options or {})}
         self.llm = dseek.load(path, threads=threads, context=context_tokens, **wanted)
         return {"load_s": time.perf_counter() - started, "version": dseek.__version__, **self.plan()}
 

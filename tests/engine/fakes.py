@@ -15,7 +15,7 @@ import numpy as np
 
 from dseek.core.attention_pattern import DENSE
 from dseek.engine.batch import Batch
-from dseek.engine.engine import Engine
+from dseek.engine.engine import Engine, EngineOptions
 from dseek.engine.llm import LLM
 from dseek.engine.runner import Runner
 
@@ -78,11 +78,14 @@ class FakeRunner(Runner):
         assert batch.row_starts[-1] == batch.num_rows
         assert (np.diff(batch.row_starts) > 0).all()
         assert (np.diff(batch.logit_rows) > 0).all()
-        used = batch.page_tables[batch.page_tables >= 0]
-        assert len(set(used.tolist())) == len(used), "two sequences share a page"
+        written: list[set[int]] = []
         for sequence in range(batch.num_sequences):
             positions = batch.positions[batch.row_starts[sequence] : batch.row_starts[sequence + 1]]
             assert (np.diff(positions) == 1).all()
+            written.append(set(batch.page_tables[sequence, positions // self.page_tokens].tolist()))
+        for sequence, table in enumerate(batch.page_tables.tolist()):
+            others = set().union(*written[:sequence], *written[sequence + 1 :])
+            assert not others.intersection(table), "a sequence's page is written by another"
 
     def close(self) -> None:
         self.closed = True
@@ -152,9 +155,10 @@ def make_plan(runner: FakeRunner, **changes: Any) -> Any:
 
 
 def make_engine(runner: FakeRunner | None = None, **changes: Any) -> Engine:
-    """An engine over a fake runner; `changes` are fields of the plan."""
+    """An engine over a fake runner; `changes` are fields of the plan and of `EngineOptions`."""
     runner = runner or FakeRunner()
-    return Engine(make_files(), make_plan(runner, **changes), runner)
+    options = {name: changes.pop(name) for name in EngineOptions.__dataclass_fields__ if name in changes}
+    return Engine(make_files(), make_plan(runner, **changes), runner, EngineOptions(**options))
 
 
 def make_llm(runner: FakeRunner | None = None, **changes: Any) -> LLM:

@@ -68,7 +68,8 @@ def test_many_threads_submit_and_read(opened: AsyncEngine) -> None:
     stats = opened.stats()
     assert (stats.running, stats.waiting, stats.error) == (0, 0, None)
     assert stats.generated_tokens == sum(map(len, answers.values()))
-    assert stats.prefill_rows >= sum(map(len, PROMPTS)) - 8 and stats.steps > 0 and stats.tokens_s > 0
+    assert stats.prefill_rows + stats.saved_tokens + len(PROMPTS) >= sum(map(len, PROMPTS))
+    assert stats.steps > 0 and stats.tokens_s > 0
 
 
 class Held(FakeRunner):

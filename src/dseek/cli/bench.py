@@ -112,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
     contexts = args.contexts or DEFAULT_CONTEXTS
     needed = max(contexts) + args.tokens
     ranks = ranks_from(args)
-    with load_from(args, batch=max(args.batches), **_job(args, needed)) as llm:
+    # Every prompt is to be computed whole, whatever was measured before it.
+    with load_from(args, batch=max(args.batches), prefix_cache=False, **_job(args, needed)) as llm:
         _check_fits(llm.plan, needed, max(args.batches))
         machine = planned_machine(llm.plan)
         bounds = limits(llm.plan, machine)

@@ -11,6 +11,7 @@ import itertools
 import operator
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from dseek.core.errors import DseekError, NotFiniteError, RequestError
 from dseek.engine.batch import Batch, gather
 from dseek.engine.cache import PageAllocator
 from dseek.engine.counters import Counters
+from dseek.engine.prefix_cache import PrefixCache
 from dseek.engine.request import Request, SamplingParams
 from dseek.engine.runner import Runner
 from dseek.engine.scheduler import Scheduler
@@ -34,6 +36,14 @@ MAX_LOGIT_ROWS = 256
 """Rows of logits asked for at once by `Engine.logits` (256 rows of 49,152 tokens are 50 MB)."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """What a user decides about the loop; none of it changes an answer."""
+
+    prefix_cache: bool = True
+    """Keep computed pages for later prompts that begin alike."""
+
+
 class Engine:
     """Runs requests by continuous batching.
 
@@ -41,16 +51,25 @@ class Engine:
         files: the opened model, for its shape and tokenizer.
         plan: sizes: context, batch, chunk, pages.
         runner: computes batches; closed with the engine.
+        options: what else the user decides; None is the defaults.
     """
 
-    def __init__(self, files: ModelFiles, plan: Plan, runner: Runner) -> None:
+    def __init__(self, files: ModelFiles, plan: Plan, runner: Runner, options: EngineOptions | None = None) -> None:
         self.files = files
         self.plan = plan
         self.runner = runner
-        self.allocator = PageAllocator(runner.num_pages, plan.page_tokens)
-        self.scheduler = Scheduler(self.allocator, max_batch=plan.max_batch, chunk_tokens=plan.prefill_chunk_tokens)
-        self.context_tokens = min(plan.context_tokens, runner.num_pages * plan.page_tokens)
+        self.options = options = options or EngineOptions()
         self.counters = Counters()
+        self.allocator = PageAllocator(runner.num_pages, plan.page_tokens)
+        self.prefixes = PrefixCache(self.allocator) if options.prefix_cache else None
+        self.scheduler = Scheduler(
+            self.allocator,
+            max_batch=plan.max_batch,
+            chunk_tokens=plan.prefill_chunk_tokens,
+            prefixes=self.prefixes,
+            counters=self.counters,
+        )
+        self.context_tokens = min(plan.context_tokens, runner.num_pages * plan.page_tokens)
         self.isolates_failures = False
         """Whether a request whose logits are not finite only ends with its error (`Request.error`). Otherwise `step`
         raises the error too, which then says where those numbers began; finding out takes as long as a load."""
@@ -252,6 +271,7 @@ class Engine:
         """Advance every request by its rows, sample for those that are complete and retire the finished."""
         for request in scheduled:
             request.num_computed += request.num_scheduled
+            self.scheduler.advance(request)
         due = [request for request in scheduled if request.num_computed == len(request.token_ids)]
         if not due:
             return due
@@ -263,11 +283,17 @@ class Engine:
                 self.counters.generated_tokens += 1
             else:
                 request.fail(self._not_finite(request.token_ids))
+                self._forget(request)
             if request.finished:
                 self.scheduler.remove(request)
         if not (is_sound or self.isolates_failures):
             raise next(request.error for request in due if request.error is not None)
         return due
+
+    def _forget(self, request: Request) -> None:
+        """Let nobody find pages whose numbers are not finite."""
+        if self.prefixes is not None:
+            self.prefixes.forget(request.pages)
 
 
 def _origin(files: ModelFiles, plan: Plan, token_ids: Sequence[int]) -> str:

@@ -136,6 +136,7 @@ class Request:
         "_num_taken",
         "_stream",
         "arrival_s",
+        "drafts",
         "eos_token_ids",
         "error",
         "finish_reason",
@@ -143,9 +144,13 @@ class Request:
         "last_token_s",
         "logprobs",
         "max_tokens",
+        "names_pages",
+        "num_cached_tokens",
         "num_computed",
+        "num_named",
         "num_prompt_tokens",
         "num_scheduled",
+        "page_names",
         "page_table",
         "pages",
         "params",
@@ -178,9 +183,19 @@ class Request:
         """Tokens whose keys and values are in the cache."""
         self.num_scheduled = 0
         """Rows of this request in the step that is running."""
+        self.drafts: list[int] = []
+        """Guesses of the tokens after the last, checked in the step that is running."""
         self.pages: list[int] = []
         self.page_table = np.empty(0, dtype=np.int32)
-        """int32 [P], the same pages as a row of `Batch.page_tables`."""
+        """int32 [at least P], the same pages as they stand in `Batch.page_tables`."""
+        self.page_names: list[bytes] = []
+        """Names of full pages, for the prefix cache to fill."""
+        self.num_named = 0
+        """Pages that the prefix cache has seen full."""
+        self.names_pages = True
+        """Whether its pages follow pages that the prefix cache can find."""
+        self.num_cached_tokens = 0
+        """Prompt tokens that were found in the prefix cache when the request was first let in."""
         self.finish_reason: str | None = None
         self.error: DseekError | None = None
         """Why the request failed; None unless its `finish_reason` is error."""
@@ -202,6 +217,20 @@ class Request:
     def num_tokens(self) -> int:
         """Tokens of prompt and answer so far."""
         return len(self.token_ids)
+
+    def take_pages(self, pages: Sequence[int]) -> None:
+        """Append pages of the cache to its own.
+
+        Args:
+            pages: their indices.
+        """
+        start = len(self.pages)
+        self.pages += pages
+        if len(self.pages) > len(self.page_table):
+            grown = np.full(2 * len(self.pages), -1, dtype=np.int32)
+            grown[:start] = self.page_table[:start]
+            self.page_table = grown
+        self.page_table[start : len(self.pages)] = pages
 
     def accept(self, token_id: int, now_s: float) -> None:
         """Append a sampled token, make its text and decide whether the answer ends here.

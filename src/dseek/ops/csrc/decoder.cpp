@@ -187,6 +187,14 @@ void Decoder::find_new_blocks(const Batch& batch) {
     if (patterns_.empty()) return;
     const auto add = [&](const int32_t* tables, int sequence, int begin, int end) {
         const int32_t* pages = tables + static_cast<size_t>(sequence) * batch.pages_per_sequence;
+        if (begin % kPageTokens == 0 && begin > 0) {
+            // Sequences that go on from a page that they share would all seal the cells that end with it at once.
+            const int block = begin / kPageTokens;
+            const auto seals_the_same = [&](const NewBlock& fresh) {
+                return fresh.block == block && fresh.pages[block - 1] == pages[block - 1];
+            };
+            if (std::any_of(new_blocks_.begin(), new_blocks_.end(), seals_the_same)) begin += kPageTokens;
+        }
         for (int block = begin / kPageTokens + (begin % kPageTokens > 0); block <= (end - 1) / kPageTokens; ++block) {
             new_blocks_.push_back({pages, block});
         }

@@ -1,0 +1,56 @@
+"""Pages that real models share or compute twice, with every pattern of attention: the tokens of a request alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from dseek.core.attention_pattern import DENSE
+from dseek.engine.llm import LLM, load
+from dseek.engine.request import SamplingParams
+from dseek.plan.plan import Plan
+from tests.engine.test_native_attention import PATTERNS, make_plan
+from tests.models import tiny
+
+pytestmark = pytest.mark.native
+
+BEGINNING = tiny.token_ids(640, seed=3)
+"""Ten pages, which end a cell of eight."""
+PROMPTS = [[*BEGINNING, *tiny.token_ids(length, seed=length)] for length in (58, 60, 62)]
+PARAMS = SamplingParams(max_new_tokens=8, ignore_eos=True, detokenize=False, temperature=0.7, seed=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tiny.save("llama-64-mha", tmp_path_factory.mktemp("paging"))
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 4096}))
+    return path
+
+
+def answers(llm: LLM) -> list[tuple[int, ...]]:
+    return [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
+
+
+@pytest.mark.parametrize("name", ["dense", "rows", "far"])
+def test_shared_and_preempted_pages_change_no_answer(folder: Path, name: str) -> None:
+    plan: Plan = make_plan(folder, PATTERNS.get(name, DENSE))
+    plan = dataclasses.replace(plan, max_batch=5, prefill_chunk_tokens=256, num_threads=1)
+    with load(str(folder), plan=plan, prefix_cache=False) as llm:
+        alone = [llm.generate([prompt], PARAMS)[0].token_ids for prompt in PROMPTS]
+        assert llm.engine.counters.saved_tokens == 0
+    # Each prompt has eleven pages, and each answer begins a twelfth.
+    small = dataclasses.replace(plan, num_pages=35, prefill_chunk_tokens=2200)
+    for other in (plan, small):
+        with load(str(folder), plan=other) as llm:
+            assert answers(llm) == alone
+            saved = llm.engine.counters.saved_tokens
+            assert saved >= 2 * 640
+            assert answers(llm) == alone
+            assert llm.engine.counters.saved_tokens >= saved + 3 * 640
+    with load(str(folder), plan=small, prefix_cache=False) as llm:
+        assert answers(llm) == alone
+        assert llm.engine.counters.preemptions > 0
