@@ -303,6 +303,10 @@ function startPage() {
   });
   const narrow = matchMedia("(max-width: 60rem)");
   byId("panel-toggle").addEventListener("click", () => setPanel(byId("columns").classList.contains("without-panel")));
+  byId("panel-close").addEventListener("click", () => {
+    setPanel(false);
+    byId("panel-toggle").focus();
+  });
   narrow.addEventListener("change", () => setPanel(!narrow.matches));
   setPanel(!narrow.matches);
   startPanel((state, model) => {
