@@ -150,6 +150,8 @@ def make_plan(runner: FakeRunner, **changes: Any) -> Any:
         "cache_dtype": "fp32",
         "machine_id": "none",
         "attention_patterns": (DENSE,),
+        # Rows of prompts cost nothing, so that they are cut by the plan's chunk alone.
+        "predicted": SimpleNamespace(decode_tokens_s=1.0, prefill_tokens_s=1e12),
     }
     return SimpleNamespace(**(fields | changes))
 

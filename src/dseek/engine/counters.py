@@ -29,15 +29,24 @@ class Counters:
     accepted_tokens: int = 0
     """Of these, those that were right."""
 
-    def count(self, scheduled: Sequence[Request]) -> None:
+    def count(self, scheduled: Sequence[Request]) -> tuple[int, int]:
         """Count a step.
 
         Args:
             scheduled: requests with the rows that were computed, before they are advanced.
+
+        Returns:
+            Rows of answers, drafts included, and rows of prompts.
         """
-        self.steps += 1
+        answers = prompts = drafts = 0
         for request in scheduled:
             if request.num_scheduled == 1 and request.num_computed + 1 == len(request.token_ids):
-                self.decode_rows += 1
+                answers += 1
+                drafts += len(request.drafts)
             else:
-                self.prefill_rows += request.num_scheduled
+                prompts += request.num_scheduled
+        self.steps += 1
+        self.decode_rows += answers + drafts
+        self.prefill_rows += prompts
+        self.drafted_tokens += drafts
+        return answers + drafts, prompts

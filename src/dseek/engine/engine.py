@@ -26,6 +26,7 @@ from dseek.engine.prefix_cache import PrefixCache
 from dseek.engine.request import Request, SamplingParams
 from dseek.engine.runner import Runner
 from dseek.engine.scheduler import Scheduler
+from dseek.engine.step_clock import StepClock
 
 if TYPE_CHECKING:
     from dseek.models.files import ModelFiles
@@ -69,6 +70,9 @@ class Engine:
             prefixes=self.prefixes,
             counters=self.counters,
         )
+        self.clock = StepClock.predicted(plan)
+        self.now = time.perf_counter
+        """Tells the time in seconds."""
         self.context_tokens = min(plan.context_tokens, runner.num_pages * plan.page_tokens)
         self.isolates_failures = False
         """Whether a request whose logits are not finite only ends with its error (`Request.error`). Otherwise `step`
@@ -159,12 +163,14 @@ class Engine:
         Raises:
             NotFiniteError: the logits of a request are NaN or infinite. It has ended, all others are as after any step.
         """
-        scheduled = self.scheduler.schedule()
+        scheduled = self.scheduler.schedule(self._prompt_rows())
         if not scheduled:
             return []
         batch = gather(scheduled)
+        start_s = self.now()
         logits = self.runner.forward(batch)
-        self.counters.count(scheduled)
+        num_answers, prompt_rows = self.counters.count(scheduled)
+        self.clock.note(self.now() - start_s, num_answers=num_answers, prompt_rows=prompt_rows)
         events.emit("engine.step", num_rows=batch.num_rows, num_sequences=batch.num_sequences)
         return self._postprocess(scheduled, logits)
 
@@ -256,6 +262,10 @@ class Engine:
             self.abort(request)
         self.runner.close()
 
+    def _prompt_rows(self) -> int | None:
+        """Rows that prompts may have in a step that answers wait for; None where ranks must decide alike."""
+        return None if self.runner.is_shared else self.clock.prompt_rows(self.scheduler.max_rows)
+
     def _not_finite(self, token_ids: Sequence[int]) -> NotFiniteError:
         """Say where the numbers of a sequence, whose last token's logits are wrong, stopped being finite."""
         where = "`dseek generate` with this prompt finds out where that began"
@@ -275,7 +285,7 @@ class Engine:
         due = [request for request in scheduled if request.num_computed == len(request.token_ids)]
         if not due:
             return due
-        now_s = time.perf_counter()
+        now_s = self.now()
         is_sound = first_bad_row(logits) is None
         for request, logits_V in zip(due, logits, strict=True):
             if is_sound or np.isfinite(logits_V).all():

@@ -26,6 +26,9 @@ class Runner(ABC):
     guard: ActivationGuard | None = None
     """Counts what was computed in a wider dtype; None where nothing is watched."""
 
+    is_shared = False
+    """Whether other processes run the same steps, so that nothing may depend on what a clock says."""
+
     @abstractmethod
     def forward(self, batch: Batch) -> np.ndarray:
         """Compute every row of a batch and return the logits of the rows asked for.

@@ -71,8 +71,11 @@ class Scheduler:
         assert self.allocator.pages_for(request.max_tokens) <= self.allocator.num_pages
         bisect.insort(self.waiting, request, key=rank)
 
-    def schedule(self) -> list[Request]:
+    def schedule(self, prompt_rows: int | None = None) -> list[Request]:
         """Choose the rows of the next step.
+
+        Args:
+            prompt_rows: rows that prompts may have beside answers that wait for them; None: all that are left.
 
         Returns:
             Running requests with `num_scheduled` >= 1 rows each: answers first, then prompts, both by rank. Empty only
@@ -89,6 +92,8 @@ class Scheduler:
                 request.num_scheduled = 1
                 answering.append(request)
         budget = self.max_rows - len(answering)
+        if answering and prompt_rows is not None:
+            budget = min(budget, prompt_rows)
         for request in prefilling:
             if budget == 0:
                 break
