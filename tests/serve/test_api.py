@@ -133,7 +133,9 @@ def test_what_is_wrong_is_named(server: Served, fields: dict[str, object], param
 
 
 def test_unknown_fields_and_neutral_ones_are_accepted(server: Served) -> None:
-    response = server.chat(frequency_penalty=0, presence_penalty=0.0, user="me", made_up_field={"x": [1]}, logit_bias={})
+    response = server.chat(
+        frequency_penalty=0, presence_penalty=0.0, user="me", made_up_field={"x": [1]}, logit_bias={}
+    )
     assert response.status_code == 200
 
 

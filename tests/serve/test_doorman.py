@@ -168,7 +168,14 @@ def test_only_known_keys_are_let_in() -> None:
     key = new_key()
     with served(api_key_hashes=(hash_key(new_key()), hash_key(key))) as server:
         assert server.chat().status_code == 401
-        for header in ("Bearer " + new_key(), key, "Basic " + key, "Bearer ", "Bearer " + key[:-1], "Bearer \xff" + key):
+        for header in (
+            "Bearer " + new_key(),
+            key,
+            "Basic " + key,
+            "Bearer ",
+            "Bearer " + key[:-1],
+            "Bearer \xff" + key,
+        ):
             response = server.get("/v1/models", headers={"authorization": header.encode("latin-1")})
             assert response.status_code == 401, header
             assert response.json()["error"]["code"] == "invalid_api_key"

@@ -210,11 +210,13 @@ class ToolReader:
             if not self._inside:
                 start = self._held.find(OPENING)
                 if start < 0:
-                    keep = _overlap(self._held)
+                    if self.num_calls:
+                        self._held = self._held.lstrip("\n")
+                    keep = _num_held(self._held)
                     shown += self._held[: len(self._held) - keep]
                     self._held = self._held[len(self._held) - keep :]
                     return shown, calls
-                shown += self._held[:start].rstrip("\n") if self.num_calls or start else ""
+                shown += self._held[:start].rstrip("\n")
                 self._held = self._held[start + len(OPENING) :]
                 self._inside = True
             end = self._held.find(CLOSING)
@@ -222,7 +224,7 @@ class ToolReader:
                 if len(self._held) > MAX_CALL_CHARS:
                     shown, self._held, self._inside = shown + OPENING + self._held, "", False
                 return shown, calls
-            inner, self._held = self._held[:end], self._held[end + len(CLOSING) :].lstrip("\n")
+            inner, self._held = self._held[:end], self._held[end + len(CLOSING) :]
             self._inside = False
             call = read_call(inner)
             if call is None:
@@ -247,9 +249,8 @@ class ToolReader:
         return held, []
 
 
-def _overlap(text: str) -> int:
-    """Count the characters at the end that may begin a tag."""
-    for length in range(min(len(text), len(OPENING) - 1), 0, -1):
-        if OPENING.startswith(text[-length:]):
-            return length
-    return 0
+def _num_held(text: str) -> int:
+    """Count the characters at the end that may begin a tag, with the empty lines before it, which go with a call."""
+    tag = max((size for size in range(1, len(OPENING)) if text.endswith(OPENING[:size])), default=0)
+    before = text[: len(text) - tag]
+    return tag + len(before) - len(before.rstrip("\n"))
