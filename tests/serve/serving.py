@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -60,12 +61,26 @@ class Served:
 def served(runner: FakeRunner | None = None, llm: LLM | None = None, **settings: Any) -> Iterator[Served]:
     """Serve a model, the arithmetic one unless another is given; `settings` are fields of `ServeConfig`."""
     llm = llm or make_llm(runner or FakeRunner(num_pages=256))
+    if isinstance(llm.plan, SimpleNamespace):
+        llm.plan.__dict__.update(_shown_plan(llm))
     service = Service(llm, ServeConfig(model_names=("fake", "alias"), **settings))
     try:
         yield Served(service, create_app(service))
     finally:
         service.engine.close()
         llm.close()
+
+
+def _shown_plan(llm: LLM) -> dict[str, Any]:
+    """What the page shows of a plan, beyond what the engine's tests need."""
+    return {
+        "predicted": SimpleNamespace(
+            cache_bytes=10**6, weights_bytes=10**7, peak_bytes=10**8, decode_tokens_s=100.0, prefill_tokens_s=1000.0
+        ),
+        "num_pages": llm.engine.allocator.num_pages,
+        "choices": (SimpleNamespace(name="precision", chosen="fp32", why="It is exact."),),
+        "shape": SimpleNamespace(num_layers=1),
+    }
 
 
 def saying(text: str, prompt_tokens: int) -> FakeRunner:

@@ -59,6 +59,8 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/embeddings", summary="Turn texts into vectors")
     async def embeddings(body: EmbeddingRequest) -> JsonResponse:
         service.check_model(body.model)
+        if not hasattr(service.llm.engine, "embed"):
+            raise ApiError(400, "embeddings are not supported here", code="unsupported")
         prompts = await service.prompts(body.input)
         if len(prompts) > MAX_INPUTS:
             raise ApiError(400, f"there are {len(prompts)} inputs; needed: at most {MAX_INPUTS}", param="input")
