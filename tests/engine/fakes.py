@@ -58,6 +58,17 @@ class FakeRunner(Runner):
                     logits.append(self.logits_after(history))
         return np.array(logits, dtype=np.float32).reshape(-1, VOCAB_SIZE)
 
+    def hidden(self, batch: Batch) -> np.ndarray:
+        """Four numbers a position: itself, its token, one, and the sum of tokens so far."""
+        self.forward(batch)
+        sums = []
+        for position in batch.positions.tolist():
+            slots = np.arange(position + 1)
+            pages = batch.page_tables[0, slots // self.page_tokens]
+            sums.append(int(self.cache[pages, slots % self.page_tokens].sum()))
+        columns = (batch.positions, batch.token_ids, np.ones(batch.num_rows), sums)
+        return np.stack(columns, axis=1)[batch.logit_rows].astype(np.float32)
+
     def logits_after(self, history: np.ndarray) -> np.ndarray:
         """Logits that follow a list of tokens."""
         if self.script is not None:

@@ -10,7 +10,8 @@ import pytest
 
 from dseek.core.attention_pattern import DENSE
 from dseek.engine.llm import LLM, load
-from dseek.engine.request import SamplingParams
+from dseek.engine.lookup import Speculator
+from dseek.engine.request import Request, SamplingParams
 from dseek.plan.plan import Plan
 from tests.engine.test_native_attention import PATTERNS, make_plan
 from tests.models import tiny
@@ -21,6 +22,7 @@ BEGINNING = tiny.token_ids(640, seed=3)
 """Ten pages, which end a cell of eight."""
 PROMPTS = [[*BEGINNING, *tiny.token_ids(length, seed=length)] for length in (58, 60, 62)]
 PARAMS = SamplingParams(max_new_tokens=8, ignore_eos=True, detokenize=False, temperature=0.7, seed=3)
+GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True, detokenize=False)
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +56,37 @@ def test_shared_and_preempted_pages_change_no_answer(folder: Path, name: str) ->
     with load(str(folder), plan=small, prefix_cache=False) as llm:
         assert answers(llm) == alone
         assert llm.engine.counters.preemptions > 0
+
+
+class Knowing(Speculator):
+    """Guesses what it was told will come, and now and then something else."""
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        super().__init__(6, None)
+        self.texts = texts
+
+    def draft(self, request: Request, limit: int, num_answers: int) -> list[int]:
+        start = len(request.token_ids)
+        (text,) = (text for text in self.texts if text[:start] == request.token_ids)
+        most = max(0, min(limit, 6, request.max_tokens - start - 1))
+        return [text[i] if i % 5 else text[i] ^ 1 for i in range(start, start + most)]
+
+
+@pytest.mark.parametrize("name", ["dense", "rows", "dynamic", "far"])
+def test_guesses_change_no_answer(folder: Path, name: str) -> None:
+    plan = dataclasses.replace(make_plan(folder, PATTERNS.get(name, DENSE)), max_batch=2, num_threads=1)
+    texts = [(BEGINNING * 2)[:length] for length in (190, 755)]
+    with load(str(folder), plan=plan, speculate=6) as llm:
+        for params in (dataclasses.replace(PARAMS, max_new_tokens=24), GREEDY):
+            alone = [llm.generate([text], params)[0].token_ids for text in texts]
+            assert llm.engine.scheduler.speculator is not None
+            usual, llm.engine.scheduler.speculator = (
+                llm.engine.scheduler.speculator,
+                Knowing([[*text, *answer] for text, answer in zip(texts, alone, strict=True)]),
+            )
+            before = dataclasses.replace(llm.engine.counters)
+            assert [output.token_ids for output in llm.generate(texts, params)] == alone
+            llm.engine.scheduler.speculator = usual
+            counters = llm.engine.counters
+            assert counters.drafted_tokens - before.drafted_tokens > counters.accepted_tokens - before.accepted_tokens
+            assert counters.accepted_tokens - before.accepted_tokens > 20

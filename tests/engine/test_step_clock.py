@@ -82,7 +82,7 @@ def test_ranks_that_share_steps_do_not_look_at_clocks() -> None:
 def test_one_slow_step_changes_little() -> None:
     clock = StepClock(0.02, 0.001)
     before = clock.prompt_rows(4096)
-    clock.note(10.0, num_answers=2, prompt_rows=32)
+    clock.note(10.0, num_answers=2, other_rows=32)
     assert clock.prompt_rows(4096) >= before // 2
     assert StepClock(0.02, 1.0).prompt_rows(4096) == 16
     assert StepClock(0.02, 1.0).prompt_rows(4) == 4

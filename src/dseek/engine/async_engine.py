@@ -13,16 +13,22 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
 
 from dseek.core.errors import DseekError
 from dseek.core.logs import get_logger
 from dseek.engine.engine import Engine
 from dseek.engine.request import Request, SamplingParams
 from dseek.engine.stream import Stream
+from dseek.engine.whole_text import Pooling, embedding
+
+if TYPE_CHECKING:
+    from dseek.engine.token_filter import TokenFilter
 
 logger = get_logger("dseek.engine")
 
@@ -90,6 +96,8 @@ class AsyncEngine:
         self._changed = threading.Condition(threading.RLock())
         self._commands: deque[Callable[[], None]] = deque()
         self._streams: dict[int, Stream] = {}
+        self._texts: deque[_Text] = deque()
+        """Texts to embed, one at a time: each holds pages while it is under way."""
         self._accepting = True
         self._closing = False
         self._failure: DseekError | None = None
@@ -98,7 +106,12 @@ class AsyncEngine:
         self._thread.start()
 
     def submit(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, priority: int = 0, **options: Any
+        self,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        token_filter: TokenFilter | None = None,
     ) -> Stream:
         """Queue a prompt.
 
@@ -106,7 +119,7 @@ class AsyncEngine:
             prompt_token_ids: at least one id; must leave room in the context for one more.
             params: how to sample and when to end.
             priority: smaller numbers are computed first.
-            options: further keywords of `Engine.make_request`.
+            token_filter: keeps the answer to a grammar; for this request alone, called in the engine's thread.
 
         Returns:
             What comes out; leaving its loop before the end aborts the request.
@@ -115,7 +128,7 @@ class AsyncEngine:
             RequestError: the prompt cannot be served.
             EngineStoppedError: the engine takes no more requests.
         """
-        request = self.engine.make_request(prompt_token_ids, params, priority=priority, **options)
+        request = self.engine.make_request(prompt_token_ids, params, priority=priority, token_filter=token_filter)
         stream = Stream(request, self.abort)
         with self._changed:
             self._leave(lambda: self._add(stream))
@@ -156,6 +169,31 @@ class AsyncEngine:
                 future.set_exception(error)
 
         self._leave(run)
+        return future
+
+    def embed(
+        self, token_ids: Sequence[int], *, pooling: Pooling = "mean", normalise: bool = True
+    ) -> Future[np.ndarray]:
+        """Embed a text piece by piece, between the steps that running requests need.
+
+        Args:
+            token_ids: at least one id, at most the context.
+            pooling: see `Engine.embed`.
+            normalise: divide by the length.
+
+        Returns:
+            float32 [D] to come, or the error that `Engine.embed` would raise; cancelling it before it runs is heeded.
+
+        Raises:
+            EngineStoppedError: the engine takes no more work.
+        """
+        future: Future[np.ndarray] = Future()
+        text = _Text(future, embedding(self.engine, token_ids, pooling, normalise))
+
+        def begin() -> None:
+            self._texts.append(text)
+
+        self._leave(begin)
         return future
 
     def stats(self) -> EngineStats:
@@ -210,6 +248,8 @@ class AsyncEngine:
         """Take commands and step, until closed."""
         try:
             while self._next_commands():
+                if self._texts and self._texts[0].advance():
+                    self._texts.popleft()
                 if self.engine.has_work:
                     self._deliver(self.engine.step())
         except BaseException as error:
@@ -221,7 +261,7 @@ class AsyncEngine:
     def _next_commands(self) -> bool:
         """Do what was left to do, waiting for it while there is no work; False once the engine is to close."""
         with self._changed:
-            while not (self._commands or self.engine.has_work or self._closing):
+            while not (self._commands or self._texts or self.engine.has_work or self._closing):
                 self._changed.wait()
             if self._closing:
                 return False
@@ -268,6 +308,7 @@ class AsyncEngine:
     def _end_all(self) -> None:
         """Abort what is left at the end."""
         self._do_commands()
+        self._end_texts(EngineStoppedError("the engine was closed", needed="an engine that is open"))
         for stream in list(self._streams.values()):
             self._abort(stream)
 
@@ -281,9 +322,15 @@ class AsyncEngine:
         with self._changed:
             self._failure, self._accepting = failure, False
         self._do_commands()
+        self._end_texts(failure)
         for stream in list(self._streams.values()):
             self.engine.fail(stream.request, failure)
             self._finish(stream)
+
+    def _end_texts(self, error: DseekError) -> None:
+        """Let nobody wait for an embedding any more."""
+        while self._texts:
+            self._texts.popleft().fail(error)
 
     def _do_commands(self) -> None:
         """Do what was left to do."""
@@ -292,3 +339,38 @@ class AsyncEngine:
             self._commands.clear()
         for command in commands:
             command()
+
+
+class _Text:
+    """A text that is being embedded.
+
+    Args:
+        future: for whoever waits.
+        steps: from `embedding`.
+    """
+
+    def __init__(self, future: Future[np.ndarray], steps: Generator[None, None, np.ndarray]) -> None:
+        self._future = future
+        self._steps = steps
+        self._begun = False
+
+    def advance(self) -> bool:
+        """Compute a piece; True at the end, whatever it was."""
+        if not self._begun and not self._future.set_running_or_notify_cancel():
+            return True
+        self._begun = True
+        try:
+            next(self._steps)
+        except StopIteration as end:
+            self._future.set_result(end.value)
+        except Exception as error:  # it is the caller's
+            self._future.set_exception(error)
+        else:
+            return False
+        return True
+
+    def fail(self, error: DseekError) -> None:
+        """End early and free the pages."""
+        self._steps.close()
+        if self._begun or self._future.set_running_or_notify_cancel():
+            self._future.set_exception(error)

@@ -36,7 +36,7 @@ class Counters:
             scheduled: requests with the rows that were computed, before they are advanced.
 
         Returns:
-            Rows of answers, drafts included, and rows of prompts.
+            Newest tokens of answers, and rows besides: of drafts and of prompts.
         """
         answers = prompts = drafts = 0
         for request in scheduled:
@@ -49,4 +49,4 @@ class Counters:
         self.decode_rows += answers + drafts
         self.prefill_rows += prompts
         self.drafted_tokens += drafts
-        return answers + drafts, prompts
+        return answers, drafts + prompts

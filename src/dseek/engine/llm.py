@@ -72,6 +72,7 @@ def load(
     shard_strategy: ShardStrategy | None = None,
     calibration: str | Path | None = None,
     prefix_cache: bool = True,
+    speculate: int = 0,
 ) -> LLM:
     """Open a model, plan its run and make it ready to answer.
 
@@ -108,6 +109,8 @@ def load(
         calibration: file that `dseek calibrate` wrote for this model, whose losses and ranges the plan is made from;
             None takes the one beside the model, if there is one.
         prefix_cache: keep computed pages of the cache for later prompts that begin alike, while nobody needs them.
+        speculate: guess so many tokens of an answer at a time, from what stood before, and check them in one step; 0
+            guesses none. The answers are the same.
 
     Returns:
         The loaded model.
@@ -128,6 +131,7 @@ def load(
         far=attention_far,
         min_share=attention_min_share,
     )
+    options = EngineOptions(prefix_cache=prefix_cache, speculate=speculate)
     ranks = None
     if shard_strategy is not None:
         from dseek.engine import sharding
@@ -178,7 +182,7 @@ def load(
         runner = build_runner(files, decided)
         if ranks is not None and shard_strategy is not None:
             runner = sharding.sharded(runner, decided, ranks, shard_strategy)
-        return LLM(files, decided, runner, EngineOptions(prefix_cache=prefix_cache))
+        return LLM(files, decided, runner, options)
     except BaseException:
         files.close()
         raise

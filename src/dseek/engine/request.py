@@ -6,6 +6,7 @@ and `Request.output()` when it is done. Token ids, not text, are what the engine
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +20,14 @@ from dseek.engine.text import TextAssembler
 
 if TYPE_CHECKING:
     from dseek.engine.logprobs import TokenLogprobs
+    from dseek.engine.lookup import DraftState
+    from dseek.engine.token_filter import TokenFilter
 
 MAX_SEED = 2**63 - 1
 """Largest seed."""
+
+MAX_LOGPROBS = 20
+"""Most of the likeliest tokens that are listed beside a chosen one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +55,23 @@ class SamplingParams:
     """Texts that end the answer; none of them becomes part of it."""
     ignore_eos: bool = False
     """Go on past the model's end token (for measurements)."""
+    logprobs: int | None = None
+    """Give each token's log-probability, and those of so many of the likeliest tokens; None gives none."""
     detokenize: bool = True
     """Make text of the tokens; False saves the work where only ids matter."""
+
+    def samples(self, count: int) -> list[SamplingParams]:
+        """Make parameters for several answers to one prompt, which share its pages.
+
+        Args:
+            count: answers.
+
+        Returns:
+            The same parameters, with seeds that follow from this one's; without a seed each draws a fresh one.
+        """
+        if self.seed is None:
+            return [self] * count
+        return [dataclasses.replace(self, seed=(self.seed + i) % (MAX_SEED + 1)) for i in range(count)]
 
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more")
@@ -60,6 +81,12 @@ class SamplingParams:
         _require(0 < self.repetition_penalty < float("inf"), "repetition_penalty", self.repetition_penalty, "above 0")
         _require(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", self.seed, f"from 0 to {MAX_SEED}")
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _require(
+            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+            "logprobs",
+            self.logprobs,
+            f"0 to {MAX_LOGPROBS}",
+        )
         _require(not isinstance(self.stop, str), "stop", self.stop, "a tuple of texts")
         _require(all(self.stop), "stop", self.stop, "texts that are not empty")
         _require(self.detokenize or not self.stop, "stop", self.stop, "detokenize=True, stop texts need the text")
@@ -85,6 +112,10 @@ class RequestOutput:
     """The answer without special tokens and without the stop text."""
     finish_reason: str
     """stop (end token or stop text), length (answer or context full), abort or error."""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each token of the answer, where they were asked for."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache."""
     first_token_s: float
     """Seconds from the request's arrival to its first token; 0 if there is none."""
     decode_s: float
@@ -129,6 +160,7 @@ class Request:
         max_tokens: prompt and answer together may not become longer.
         stream: makes text of the answer's ids; None makes no text.
         priority: smaller numbers are computed first.
+        token_filter: keeps the answer to a grammar; None lets every token pass.
     """
 
     __slots__ = (
@@ -136,6 +168,7 @@ class Request:
         "_num_taken",
         "_stream",
         "arrival_s",
+        "draft_state",
         "drafts",
         "eos_token_ids",
         "error",
@@ -157,6 +190,7 @@ class Request:
         "priority",
         "request_id",
         "sampler",
+        "token_filter",
         "token_ids",
     )
 
@@ -170,6 +204,7 @@ class Request:
         max_tokens: int,
         stream: TokenStream | None,
         priority: int = 0,
+        token_filter: TokenFilter | None = None,
     ) -> None:
         self.request_id = request_id
         self.token_ids: list[int] = list(prompt_token_ids)
@@ -177,6 +212,7 @@ class Request:
         self.params = params
         self.priority = priority
         self.sampler = Sampler(params)
+        self.token_filter = token_filter
         self.eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
         self.max_tokens = min(max_tokens, self.num_prompt_tokens + params.max_new_tokens)
         self.num_computed = 0
@@ -185,6 +221,8 @@ class Request:
         """Rows of this request in the step that is running."""
         self.drafts: list[int] = []
         """Guesses of the tokens after the last, checked in the step that is running."""
+        self.draft_state: DraftState | None = None
+        """What speculation knows of this text."""
         self.pages: list[int] = []
         self.page_table = np.empty(0, dtype=np.int32)
         """int32 [at least P], the same pages as they stand in `Batch.page_tables`."""
@@ -199,7 +237,7 @@ class Request:
         self.finish_reason: str | None = None
         self.error: DseekError | None = None
         """Why the request failed; None unless its `finish_reason` is error."""
-        self.logprobs: list[TokenLogprobs] | None = None
+        self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         """One for each token of the answer, where they are asked for."""
         self.arrival_s = time.perf_counter()
         self.first_token_s = 0.0
@@ -305,6 +343,8 @@ class Request:
             token_ids=tuple(self.token_ids[self.num_prompt_tokens :]),
             text=self._assembler.text,
             finish_reason=self.finish_reason or "abort",
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
+            num_cached_tokens=self.num_cached_tokens,
             first_token_s=self.first_token_s - self.arrival_s if answered else 0.0,
             decode_s=self.last_token_s - self.first_token_s if answered else 0.0,
         )

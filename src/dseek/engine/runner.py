@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from dseek.core.errors import ConfigError
 from dseek.engine.activation_guard import ActivationGuard
 from dseek.engine.batch import Batch
 
@@ -40,6 +41,20 @@ class Runner(ABC):
             float32 [L, V], one row for each of `batch.logit_rows` ([0, V] when there are none). The array may be a
             buffer that the next call overwrites; a caller that keeps logits copies them.
         """
+
+    def hidden(self, batch: Batch) -> np.ndarray:
+        """Compute every row of a batch and return what the head would see of the rows asked for.
+
+        Args:
+            batch: as for `forward`.
+
+        Returns:
+            float32 [L, D], the last block's output after the final norm. May be a buffer that the next call overwrites.
+
+        Raises:
+            ConfigError: this runner does not give them.
+        """
+        raise ConfigError(f"hidden states from a {type(self).__name__}", needed="a runner that gives them")
 
     def fresh_seed(self) -> int | None:
         """Give the seed of a request that brings none, or None where it may draw one of its own.

@@ -15,6 +15,7 @@ import bisect
 
 from dseek.engine.cache import PageAllocator
 from dseek.engine.counters import Counters
+from dseek.engine.lookup import Speculator
 from dseek.engine.prefix_cache import PrefixCache
 from dseek.engine.request import Request
 
@@ -37,6 +38,7 @@ class Scheduler:
         chunk_tokens: rows of one step, answers and prompts together (at least `max_batch`, else raised to it).
         prefixes: finds pages that are computed already; None computes everything.
         counters: told of saved tokens and preemptions.
+        speculator: guesses tokens of answers; None guesses none.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Scheduler:
         chunk_tokens: int,
         prefixes: PrefixCache | None = None,
         counters: Counters | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         assert max_batch > 0 and chunk_tokens > 0
         self.allocator = allocator
@@ -54,6 +57,7 @@ class Scheduler:
         self.max_rows = max(chunk_tokens, max_batch)
         self.prefixes = prefixes
         self.counters = counters or Counters()
+        self.speculator = speculator
         self.waiting: list[Request] = []
         self.running: list[Request] = []
 
@@ -78,13 +82,14 @@ class Scheduler:
             prompt_rows: rows that prompts may have beside answers that wait for them; None: all that are left.
 
         Returns:
-            Running requests with `num_scheduled` >= 1 rows each: answers first, then prompts, both by rank. Empty only
-            if there is no work, or if somebody else holds the pages.
+            Running requests with `num_scheduled` >= 1 rows each, answers with their drafts: answers first, then
+            prompts, both by rank. Empty only if there is no work, or if somebody else holds the pages.
         """
         self._admit()
         answering: list[Request] = []
         prefilling: list[Request] = []
         for request in self.running.copy():
+            request.drafts = []
             remaining = len(request.token_ids) - request.num_computed
             if remaining > 1:
                 prefilling.append(request)
@@ -94,6 +99,8 @@ class Scheduler:
         budget = self.max_rows - len(answering)
         if answering and prompt_rows is not None:
             budget = min(budget, prompt_rows)
+        if self.speculator is not None:
+            budget -= self._draft(answering, budget, self.speculator)
         for request in prefilling:
             if budget == 0:
                 break
@@ -123,6 +130,19 @@ class Scheduler:
             if index < len(requests) and requests[index] is request:
                 del requests[index]
         self._give_back(request)
+
+    def take(self, num_pages: int) -> list[int] | None:
+        """Take pages for something that is no request, from the requests that matter least if it has to be.
+
+        Args:
+            num_pages: how many.
+
+        Returns:
+            Their indices, to be released by the caller; None if others than requests hold too many.
+        """
+        while self.allocator.num_free < num_pages and self.running:
+            self._preempt(self.running[-1])
+        return self.allocator.allocate(num_pages)
 
     def _admit(self) -> None:
         """Let waiting requests in by rank, while there is a place and there are pages for what they have so far."""
@@ -177,6 +197,19 @@ class Scheduler:
             if victim is request:
                 return False
         return True
+
+    def _draft(self, answering: list[Request], budget: int, speculator: Speculator) -> int:
+        """Give answers their drafts, within the rows and the pages that nobody else needs; returns their rows."""
+        used = 0
+        for request in answering:
+            num_tokens, share = len(request.token_ids), budget // len(answering)
+            drafts = speculator.draft(request, share, len(answering))
+            missing = self.allocator.pages_for(num_tokens + len(drafts)) - len(request.pages)
+            if missing > 0 and missing + len(self.running) <= self.allocator.num_free:
+                request.take_pages(self.allocator.allocate(missing) or [])
+            request.drafts = drafts[: len(request.pages) * self.allocator.page_tokens - num_tokens]
+            used += len(request.drafts)
+        return used
 
     def _preempt(self, request: Request) -> None:
         """Let a running request wait again; its tokens and its random numbers stay as they are."""

@@ -65,21 +65,21 @@ class StepClock:
         rows = (MOST_STALL - 1) * self.answers_s / max(self.row_s, 1e-9)
         return min(most, max(1, int(min(rows, most)) // ROW_STEP) * ROW_STEP)
 
-    def note(self, seconds: float, *, num_answers: int, prompt_rows: int) -> None:
+    def note(self, seconds: float, *, num_answers: int, other_rows: int) -> None:
         """Learn from a step.
 
         Args:
             seconds: what it took.
-            num_answers: rows of answers in it.
-            prompt_rows: rows of prompts in it.
+            num_answers: answers that got a token in it.
+            other_rows: rows of prompts, and of guesses of answers.
         """
-        if not prompt_rows:
+        if not other_rows:
             self.answers_s = _follow(self.answers_s, seconds)
         elif num_answers:
-            self.row_s = _follow(self.row_s, max(0.0, seconds - self.answers_s) / prompt_rows)
-        elif prompt_rows >= ROW_STEP:
+            self.row_s = _follow(self.row_s, max(0.0, seconds - self.answers_s) / other_rows)
+        elif other_rows >= ROW_STEP:
             # Nothing else is in the step: it is an upper bound, as reading the weights once is part of it.
-            self.row_s = min(self.row_s, _follow(self.row_s, seconds / prompt_rows))
+            self.row_s = min(self.row_s, _follow(self.row_s, seconds / other_rows))
 
 
 def _follow(mean: float, newest: float) -> float:
