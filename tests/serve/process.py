@@ -18,7 +18,7 @@ from tests.plan.machines import machine
 
 
 def save_model(folder: Path) -> tuple[Path, Path]:
-    """Write a small model, and a plan that runs it on PyTorch in one thread; return both paths."""
+    """Write a small model, and a plan that runs it on the kernels in one thread; return both paths."""
     model = tiny.save("llama", folder / "tiny")
     with open_model(str(model)) as files:
         plan = planning.make(
@@ -27,7 +27,7 @@ def save_model(folder: Path) -> tuple[Path, Path]:
             planning.Objective(context_tokens=256, batch=8),
             encodings=files.encodings(),
             precision="fp32",
-            kernels="torch",
+            kernels="native",
             num_threads=1,
         )
     plan.save(folder / "plan.json")
@@ -52,7 +52,7 @@ class Server:
 def running(model: Path, plan: Path, log: Path, arguments: Sequence[str] = ()) -> Iterator[Server]:
     """Start a server on a free port and stop it at the end."""
     command = [sys.executable, "-m", "dseek.cli.main", "serve", str(model), "--plan", str(plan), "--port", "0"]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", DSEEK_KERNELS="torch", DSEEK_LOG_LEVEL="info")
+    environment = dict(os.environ, OMP_NUM_THREADS="1", DSEEK_LOG_LEVEL="info")
     with log.open("w") as stderr:
         process = subprocess.Popen(
             [*command, "--served-model-name", "tiny", *arguments],
@@ -65,7 +65,7 @@ def running(model: Path, plan: Path, log: Path, arguments: Sequence[str] = ()) -
         assert process.stdout is not None
         line = process.stdout.readline()
         assert " is served at " in line, f"{line}{log.read_text()}"
-        yield Server(process, line.split()[-1], log)
+        yield Server(process, line.split(" is served at ")[1].split()[0], log)
     finally:
         if process.poll() is None:
             process.kill()

@@ -16,8 +16,11 @@ import httpx
 import openai
 import pytest
 
+from dseek.cli.main import main
 from dseek.engine.llm import load
 from tests.serve.process import Server, running, save_model
+
+pytestmark = pytest.mark.native
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +97,19 @@ def test_answers_side_by_side_are_those_alone(server: Server) -> None:
     for thread in threads:
         thread.join()
     assert {prompt: together[prompt] for prompt in alone} == alone
+
+
+def test_a_trace_is_replayed_against_it(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, picture = tmp_path / "trace.csv", tmp_path / "replay.png"
+    lines = [f"2023-11-16 18:17:{3 + number / 4:09.6f},{10 + number},{2 + number % 5}" for number in range(8)]
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + "\n".join(lines))
+    arguments = ["--trace", str(trace), "--url", server.url, "--scale", "10", "--plot", str(picture), "--json"]
+    assert main(["bench-serve", *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["requests"], found["failed"]) == (8, 0)
+    assert 0 < found["first_token_s"]["p50"] <= found["first_token_s"]["p99"] <= found["whole_s"]["p99"]
+    assert found["seconds"] >= 0.175
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_slow_headers_are_cut_off(server: Server) -> None:

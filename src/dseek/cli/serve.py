@@ -69,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--served-model-name", action="append", default=[], metavar="NAME", help="name in the API (may be repeated)"
     )
     where.add_argument("--no-page", action="store_true", help="serve the API only, without the web page")
+    where.add_argument(
+        "--workers",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="processes that share the work, behind a router; each has the weights (default: %(default)s)",
+    )
     limits = parser.add_argument_group("who may do what")
     limits.add_argument("--api-key-file", metavar="FILE", help="let in only keys whose hashes are in FILE")
     limits.add_argument(
@@ -127,6 +134,10 @@ def run(args: argparse.Namespace) -> int:
     config = config_from(args)
     json_logs.configure(_log_level())
     bound = bind(config)
+    if args.workers > 1:
+        from dseek.cli.serve_workers import serve_workers
+
+        return serve_workers(args, config, bound)
     request = {"prompt_tokens": args.prompt_tokens, "answer_tokens": args.answer_tokens}
     with load_from(args, batch=args.batch, objective="throughput", **request) as llm:
         from dseek.serve.app import create_app

@@ -275,6 +275,7 @@ class Service:
             "root": self.llm.files.name,
             "parent": None,
             "max_model_len": self.context_tokens,
+            "vocab_size": self.llm.shape.vocab_size,
         }
 
 
