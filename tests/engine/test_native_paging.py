@@ -6,14 +6,21 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dseek.core.attention_pattern import DENSE
+from dseek.engine.engine import Engine
 from dseek.engine.llm import LLM, load
 from dseek.engine.lookup import Speculator
+from dseek.engine.native_runner import NativeRunner
 from dseek.engine.request import Request, SamplingParams
+from dseek.engine.whole_text import pieces
+from dseek.models.encoding import to_float32
+from dseek.models.files import open_model
 from dseek.plan.plan import Plan
 from tests.engine.test_native_attention import PATTERNS, make_plan
+from tests.engine.test_torch_runner import make_engine as make_torch_engine
 from tests.models import tiny
 
 pytestmark = pytest.mark.native
@@ -90,3 +97,25 @@ def test_guesses_change_no_answer(folder: Path, name: str) -> None:
             counters = llm.engine.counters
             assert counters.drafted_tokens - before.drafted_tokens > counters.accepted_tokens - before.accepted_tokens
             assert counters.accepted_tokens - before.accepted_tokens > 20
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_hidden_states_times_the_head_are_logits(folder: Path, kernels: str) -> None:
+    with open_model(str(folder)) as files:
+        head = to_float32(
+            files.tensor("lm_head.weight" if files.has("lm_head.weight") else "model.embed_tokens.weight")
+        )
+        if kernels == "native":
+            plan = dataclasses.replace(make_plan(folder, DENSE), num_threads=1, prefill_chunk_tokens=100)
+            engine = Engine(files, plan, NativeRunner(files, plan))
+        else:
+            engine = make_torch_engine(files)
+        for length in (1, 120):
+            ids = BEGINNING[:length]
+            hidden = [rows.copy() for _, rows in pieces(engine, ids, engine.runner.hidden)]
+            logits = [rows.copy() for _, rows in engine.logits(ids)]
+            np.testing.assert_allclose(np.concatenate(hidden) @ head.T, np.concatenate(logits), atol=1e-4)
+            np.testing.assert_allclose(
+                engine.embed(ids, normalise=False), np.concatenate(hidden).mean(axis=0), atol=1e-6
+            )
+        engine.close()

@@ -27,6 +27,7 @@ def extend(
         How many tokens of the draft were right. A request that cannot go on has failed.
     """
     num_right = 0
+    request.num_steps += 1
     for logits_V in logits_RV:
         if not_finite is not None and not np.isfinite(logits_V).all():
             request.fail(not_finite(request))

@@ -120,16 +120,24 @@ class RequestOutput:
     """Seconds from the request's arrival to its first token; 0 if there is none."""
     decode_s: float
     """Seconds from the first token to the last."""
+    num_steps: int
+    """Steps that gave it tokens: fewer than tokens where several were guessed at once."""
 
     @property
     def prefill_tokens_s(self) -> float:
-        """Prompt tokens a second until the first token (waiting for other requests included)."""
-        return len(self.prompt_token_ids) / self.first_token_s if self.first_token_s > 0 else 0.0
+        """Computed prompt tokens a second until the first token (waiting for other requests included)."""
+        num_computed = len(self.prompt_token_ids) - self.num_cached_tokens
+        return num_computed / self.first_token_s if self.first_token_s > 0 else 0.0
 
     @property
     def decode_tokens_s(self) -> float:
         """Tokens a second after the first one; 0 for an answer of one token."""
         return (len(self.token_ids) - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+    @property
+    def decode_steps_s(self) -> float:
+        """Steps a second after the first token, each of which read the weights once; 0 for an answer of one token."""
+        return (self.num_steps - 1) / self.decode_s if self.decode_s > 0 else 0.0
 
 
 class TokenStream(Protocol):
@@ -183,6 +191,7 @@ class Request:
         "num_named",
         "num_prompt_tokens",
         "num_scheduled",
+        "num_steps",
         "page_names",
         "page_table",
         "pages",
@@ -219,6 +228,8 @@ class Request:
         """Tokens whose keys and values are in the cache."""
         self.num_scheduled = 0
         """Rows of this request in the step that is running."""
+        self.num_steps = 0
+        """Steps that gave it tokens."""
         self.drafts: list[int] = []
         """Guesses of the tokens after the last, checked in the step that is running."""
         self.draft_state: DraftState | None = None
@@ -347,4 +358,5 @@ class Request:
             num_cached_tokens=self.num_cached_tokens,
             first_token_s=self.first_token_s - self.arrival_s if answered else 0.0,
             decode_s=self.last_token_s - self.first_token_s if answered else 0.0,
+            num_steps=self.num_steps,
         )

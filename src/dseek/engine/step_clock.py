@@ -51,7 +51,11 @@ class StepClock:
         Args:
             plan: the plan.
         """
-        return cls(plan.max_batch / plan.predicted.decode_tokens_s, 1 / plan.predicted.prefill_tokens_s)
+        slowest = 1e-9  # a plan file may say anything
+        predicted = plan.predicted
+        return cls(
+            plan.max_batch / max(predicted.decode_tokens_s, slowest), 1 / max(predicted.prefill_tokens_s, slowest)
+        )
 
     def prompt_rows(self, most: int) -> int:
         """Tell how many rows of prompts a step may have in which answers wait.
