@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,15 +17,20 @@ from dseek.models.files import open_model
 from tests.models import tiny
 from tests.plan.machines import machine
 
+CONTEXT_TOKENS = 1024
+"""Positions of the small model: room for the description of tools."""
+
 
 def save_model(folder: Path) -> tuple[Path, Path]:
     """Write a small model, and a plan that runs it on the kernels in one thread; return both paths."""
     model = tiny.save("llama", folder / "tiny")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT_TOKENS}))
     with open_model(str(model)) as files:
         plan = planning.make(
             files.shape,
             machine(with_torch=True),
-            planning.Objective(context_tokens=256, batch=8),
+            planning.Objective(context_tokens=CONTEXT_TOKENS, batch=8),
             encodings=files.encodings(),
             precision="fp32",
             kernels="native",

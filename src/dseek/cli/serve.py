@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from dseek.cli.engine_options import add_prefix_cache_option, add_speculation_option
 from dseek.cli.options import add_request_options, add_run_options, load_from, positive_int
 from dseek.core import environment
 from dseek.core.errors import ConfigError
@@ -105,6 +106,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="time for running answers after SIGTERM (default: %(default)s)",
     )
+    add_speculation_option(parser)
+    add_prefix_cache_option(parser)
     add_run_options(parser)
     add_request_options(parser)
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 MAX_SCHEMA_CHARS = 256 * 1024
 """Longest JSON schema, as text."""
 
+_JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,12}"}
+"""Room for an indented layout, and an end to the empty space that small models like to go on with."""
+
 MAX_DEPTH = 64
 """Deepest nesting of a schema: the compiler recurses."""
 
@@ -35,17 +38,15 @@ class GrammarFilter:
     Args:
         tokenizer: of llguidance.
         grammar: as `LLMatcher.grammar_from_*` writes it.
-        vocab_size: of the model's logits.
 
     Raises:
         RequestError: the grammar does not compile.
     """
 
-    def __init__(self, tokenizer: LLTokenizer, grammar: str, vocab_size: int) -> None:
+    def __init__(self, tokenizer: LLTokenizer, grammar: str) -> None:
         from llguidance import LLMatcher
 
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0)
-        self._vocab_size = vocab_size
         if self._matcher.is_error():
             raise RequestError(
                 f"the grammar cannot be used: {self._matcher.get_error()[:300]}",
@@ -59,17 +60,14 @@ class GrammarFilter:
             token_ids: the answer so far, whose tokens were all accepted.
 
         Returns:
-            bool [V]; the end tokens are among them where the answer may end.
+            int32 [V / 32 rounded up], a bit a token; the end tokens are among them where the answer may end.
 
         Raises:
             RequestError: the grammar became too complex on the way.
         """
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.int32)
         self._check()
-        allowed = np.unpackbits(bits, bitorder="little").astype(bool)
-        if len(allowed) >= self._vocab_size:
-            return allowed[: self._vocab_size]
-        return np.concatenate([allowed, np.zeros(self._vocab_size - len(allowed), dtype=bool)])
+        return bits
 
     def accept(self, token_id: int) -> None:
         """Take a token that was chosen.
@@ -119,7 +117,7 @@ class Grammars:
             raise RequestError(
                 f"the JSON schema has {len(text)} characters", needed=f"at most {MAX_SCHEMA_CHARS} characters"
             )
-        return self._filter("json_schema", text)
+        return self._filter("json_schema", text, _JSON_OPTIONS)
 
     def json_object(self) -> GrammarFilter:
         """Bind an answer to any JSON object."""
@@ -149,16 +147,16 @@ class Grammars:
         """
         return self._filter("lark", "start: " + " | ".join(json.dumps(text) for text in texts))
 
-    def _filter(self, kind: str, text: str) -> GrammarFilter:
+    def _filter(self, kind: str, text: str, *options: Any) -> GrammarFilter:
         require(GRAMMAR, purpose="an answer bound to a grammar")
         from llguidance import LLMatcher
 
         tokenizer = self._read_tokenizer()
         try:
-            grammar = getattr(LLMatcher, f"grammar_from_{kind}")(text)
+            grammar = getattr(LLMatcher, f"grammar_from_{kind}")(text, *options)
         except ValueError as error:
             raise RequestError(f"the grammar cannot be used: {str(error)[:300]}") from None
-        return GrammarFilter(tokenizer, grammar, self._llm.shape.vocab_size)
+        return GrammarFilter(tokenizer, grammar)
 
     def _read_tokenizer(self) -> LLTokenizer:
         with self._lock:

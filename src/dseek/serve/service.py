@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dseek.core.logs import get_logger
@@ -196,8 +195,6 @@ class Service:
         """
         if (name := body.unsupported()) is not None:
             raise ApiError(400, f"{name} is not supported here; leave it out", param=name, code="unsupported_parameter")
-        if num_logprobs is not None and "logprobs" not in SamplingParams.__dataclass_fields__:
-            raise ApiError(400, "logprobs are not supported here; leave them out", param="logprobs")
         seed = None if body.seed is None else (abs(body.seed) + choice) % (2**63)
         return SamplingParams(
             temperature=1.0 if body.temperature is None else body.temperature,
@@ -209,7 +206,7 @@ class Service:
             max_new_tokens=min(max_tokens or self.context_tokens, self.context_tokens),
             stop=body.stops(),
             ignore_eos=body.ignore_eos,
-            **({} if num_logprobs is None else {"logprobs": num_logprobs}),
+            logprobs=num_logprobs,
         )
 
     async def grammar(self, body: Sampling) -> Callable[[], GrammarFilter] | None:
@@ -246,8 +243,6 @@ class Service:
                 makers.append((name, _bound(method, value)))
         if not makers:
             return None
-        if "token_filter" not in signature(self.llm.engine.make_request).parameters:
-            raise ApiError(400, f"{makers[0][0]} is not supported here; leave it out", param=makers[0][0])
         if len(makers) > 1:
             names = ", ".join(name for name, _ in makers)
             raise ApiError(400, f"{names} bind the same answer; give one of them", param=makers[1][0])

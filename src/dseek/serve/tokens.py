@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter
@@ -14,9 +14,6 @@ from dseek.serve.errors import ApiError, JsonResponse
 from dseek.serve.schemas import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from dseek.serve.service import Service
 from dseek.serve.token_texts import TokenTexts
-
-if TYPE_CHECKING:
-    from dseek.engine.engine import Engine
 
 MAX_INPUTS = 256
 """Most texts of one embedding request."""
@@ -59,14 +56,12 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/embeddings", summary="Turn texts into vectors")
     async def embeddings(body: EmbeddingRequest) -> JsonResponse:
         service.check_model(body.model)
-        if not hasattr(service.llm.engine, "embed"):
-            raise ApiError(400, "embeddings are not supported here", code="unsupported")
         prompts = await service.prompts(body.input)
         if len(prompts) > MAX_INPUTS:
             raise ApiError(400, f"there are {len(prompts)} inputs; needed: at most {MAX_INPUTS}", param="input")
         data = []
         for index, prompt in enumerate(prompts):
-            vector = await service.on_engine(_embedding_of(prompt))
+            vector = await asyncio.wrap_future(service.engine.embed(prompt))
             data.append({"object": "embedding", "index": index, "embedding": _shown(vector, body)})
         count = sum(map(len, prompts))
         return JsonResponse(
@@ -79,11 +74,6 @@ def router(service: Service) -> APIRouter:
         )
 
     return routes
-
-
-def _embedding_of(prompt: list[int]) -> Callable[[Engine], np.ndarray]:
-    """What the engine's thread does for one text."""
-    return lambda engine: engine.embed(prompt)
 
 
 def _shown(vector: np.ndarray, body: EmbeddingRequest) -> list[float] | str:
