@@ -50,5 +50,5 @@ def merged_metrics(texts: Mapping[int, str], replicas: Sequence[Replica]) -> Res
         busy.add_metric(label, replica.num_busy)
         up.add_metric(label, int(replica.is_ready))
         starts.add_metric(label, replica.num_starts)
-    written = generate_latest(_Collected([*families.values(), busy, up, starts]))  # type: ignore[arg-type]
+    written = generate_latest(_Collected([*families.values(), busy, up, starts]))
     return Response(written, media_type=CONTENT_TYPE_LATEST)

@@ -8,7 +8,7 @@ limits and request ids are the doorman's, in front of the router.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, MutableMapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -134,8 +134,8 @@ class Router:
         return JsonResponse({"status": "ready", "replicas": count})
 
     async def _status(self) -> JsonResponse:
-        found = [await _json(replica, "/v1/dseek/status") for replica in self._replicas.ready()]
-        found = [status for status in found if status]
+        asked = [await _json(replica, "/v1/dseek/status") for replica in self._replicas.ready()]
+        found = [status for status in asked if status]
         if not found:
             raise ApiError(503, "no replica is ready", code="not_ready", headers={"retry-after": "1"})
         total = {name: sum(status[name] for status in found) for name in SUMMED}
@@ -192,9 +192,8 @@ async def _relay(response: httpx.Response, send: Send) -> None:
     headers = [(name.lower(), value) for name, value in response.headers.raw if name.lower() not in ours]
     await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
     try:
-        async with aclosing(response.aiter_raw()) as pieces:
-            async for piece in pieces:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        async for piece in response.aiter_raw():
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
     except httpx.HTTPError as error:
         logger.error("a replica failed while it answered: %s", error)
         if response.headers.get("content-type", "").startswith("text/event-stream"):
