@@ -13,10 +13,10 @@ import httpx
 import numpy as np
 import pytest
 
+from benchmarks.hostile import complaint, hostile_requests
 from dseek.core.errors import RequestError
 from dseek.engine.llm import load
 from dseek.serve.grammar import Grammars
-from tests.serve.hostile import complaint, hostile_requests
 from tests.serve.process import save_model
 from tests.serve.serving import BASE_URL, Served, events, served
 
