@@ -12,6 +12,7 @@ import pytest
 from dseek.core.errors import NotFiniteError, RequestError
 from dseek.engine.async_engine import AsyncEngine, EngineStoppedError
 from dseek.engine.batch import Batch
+from dseek.engine.engine import Engine
 from dseek.engine.request import SamplingParams
 from dseek.engine.stream import Stream
 from tests.engine.fakes import FakeRunner, make_engine
@@ -134,6 +135,23 @@ def test_calls_come_between_steps(opened: AsyncEngine) -> None:
     with pytest.raises(ZeroDivisionError):
         opened.call(lambda engine: 1 // 0).result()
     assert token_ids(stream) == alone([1, 2], LONG)
+
+
+def test_requests_wait_for_pages_that_a_text_holds() -> None:
+    opened = AsyncEngine(make_engine(FakeRunner(num_pages=10)))
+
+    def begin(engine: Engine) -> Iterator[tuple[int, np.ndarray]]:
+        text = engine.logits(list(range(40)))
+        next(text)
+        return text
+
+    text = opened.call(begin).result()
+    stream = opened.submit([1, 2], SamplingParams(max_new_tokens=5, ignore_eos=True))
+    assert opened.call(lambda engine: engine.allocator.num_free).result() == 0
+    assert opened.stats().waiting == 1
+    opened.call(lambda engine: text.close()).result()  # type: ignore[attr-defined]
+    assert len(token_ids(stream)) == 5
+    opened.close()
 
 
 class Poisoned(FakeRunner):

@@ -157,7 +157,7 @@ def test_a_hit_is_believed_only_for_these_tokens_after_these_pages() -> None:
         node.tokens = bytes(16)
     assert prefixes.match(request) == []
     other = PrefixCache(make_engine().allocator)
-    assert other._name(engine.make_request(BEGINNING, params), 0) != request.page_names[0]
+    assert other._full_page(engine.make_request(BEGINNING, params), 0)[0] != request.full_pages[0][0]
 
 
 def test_the_youngest_gives_way_and_goes_on_as_before() -> None:

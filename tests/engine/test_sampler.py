@@ -157,6 +157,10 @@ def test_some_tokens_may_be_forbidden_by_minus_infinity() -> None:
         ("min_p", -0.1),
         ("min_p", 2.0),
         ("repetition_penalty", 0.0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", ((1, 101.0),)),
+        ("logprobs", 21),
         ("seed", -1),
         ("seed", 2**63),
         ("max_new_tokens", 0),
@@ -172,3 +176,22 @@ def test_bad_values_are_refused_by_name(name: str, value: Any) -> None:
 def test_stop_texts_need_text() -> None:
     with pytest.raises(RequestError, match="stop"):
         SamplingParams(stop=("x",), detokenize=False)
+
+
+def test_bias_presence_and_frequency_are_those_of_the_interface() -> None:
+    logits = random_logits(3, vocab_size=12)
+    text = [0, 1, 5, 5, 7]
+    params = SamplingParams(
+        presence_penalty=0.5, frequency_penalty=-0.25, logit_bias=((1, 2.0), (9, -100.0), (99, 1.0))
+    )
+    sampler = Sampler(params, num_prompt_tokens=2)
+    for length in range(2, len(text) + 1):  # it follows a text that grows
+        changed = sampler._changed(logits, text[:length])
+    expected = logits.copy()
+    expected[1] += 2
+    expected[9] -= 100
+    expected[5] -= 0.5 - 2 * 0.25
+    expected[7] -= 0.5 - 0.25
+    np.testing.assert_allclose(changed, expected, atol=1e-5)
+    assert sampler.choose(logits, text) == int(expected.argmax())
+    assert Sampler(SamplingParams(logit_bias=((4, 100.0),))).choose(logits, []) == 4

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 logger = get_logger("dseek.engine")
 
+IDLE_WAIT_S = 0.005
+"""How long to wait for a command while requests wait for pages that none of them holds."""
+
 RATE_SPAN_S = 10.0
 """Tokens a second are counted over the last so many seconds."""
 
@@ -251,12 +254,21 @@ class AsyncEngine:
                 if self._texts and self._texts[0].advance():
                     self._texts.popleft()
                 if self.engine.has_work:
-                    self._deliver(self.engine.step())
+                    self._step()
         except BaseException as error:
             logger.exception("the engine's runner failed")
             self._fail(error)
         else:
             self._end_all()
+
+    def _step(self) -> None:
+        """Step once; where others than requests hold all pages, wait a little for the command that frees them."""
+        num_steps = self.engine.counters.steps
+        self._deliver(self.engine.step())
+        if self.engine.counters.steps == num_steps:
+            with self._changed:
+                if not (self._commands or self._texts or self._closing):
+                    self._changed.wait(IDLE_WAIT_S)
 
     def _next_commands(self) -> bool:
         """Do what was left to do, waiting for it while there is no work; False once the engine is to close."""

@@ -73,9 +73,9 @@ class PrefixCache:
         pages: list[int] = []
         parent: _Node | None = None
         for index in range((len(request.token_ids) - 1) // page_tokens):
-            name = self._name(request, index)
+            name, tokens = self._full_page(request, index)
             node = self._nodes.get(name)
-            if node is None or node.parent is not parent or node.tokens != _tokens_of(request, index, page_tokens):
+            if node is None or node.parent is not parent or node.tokens != tokens:
                 computing = self._under_way.get(name)
                 return None if computing is not None and computing.priority <= request.priority else pages
             pages.append(node.page)
@@ -92,7 +92,7 @@ class PrefixCache:
         request.num_named = num_shared
         request.names_pages = True
         for index in range(num_shared, len(request.token_ids) // self.allocator.page_tokens):
-            self._under_way.setdefault(self._name(request, index), request)
+            self._under_way.setdefault(self._full_page(request, index)[0], request)
 
     def advance(self, request: Request) -> None:
         """Name the pages that a request has filled since the last call.
@@ -102,10 +102,10 @@ class PrefixCache:
         """
         page_tokens = self.allocator.page_tokens
         for index in range(request.num_named, request.num_computed // page_tokens):
-            name = self._name(request, index)
+            name, tokens = self._full_page(request, index)
             self._end(name, request)
             if request.names_pages:
-                self._add(request, index, name)
+                self._add(request, index, name, tokens)
             request.num_named = index + 1
 
     def leave(self, request: Request) -> None:
@@ -114,7 +114,7 @@ class PrefixCache:
         Args:
             request: it.
         """
-        for name in request.page_names[request.num_named :]:
+        for name, _ in request.full_pages[request.num_named :]:
             self._end(name, request)
 
     def forget(self, pages: Sequence[int]) -> None:
@@ -127,27 +127,29 @@ class PrefixCache:
             if page in self._of_page:
                 self._forget_node(self._of_page[page])
 
-    def _add(self, request: Request, index: int, name: bytes) -> None:
+    def _add(self, request: Request, index: int, name: bytes, tokens: bytes) -> None:
         """Name a page, unless the same was computed elsewhere; then what follows hangs on no named page of this one."""
         parent = self._of_page.get(request.pages[index - 1]) if index else None
         if name in self._nodes or (index and parent is None):
             request.names_pages = False
             return
         page = request.pages[index]
-        node = _Node(name, page, parent, _tokens_of(request, index, self.allocator.page_tokens))
+        node = _Node(name, page, parent, tokens)
         if parent is not None:
             parent.children[name] = None
         self._nodes[name] = self._of_page[page] = node
         self.allocator.keep(page)
 
-    def _name(self, request: Request, index: int) -> bytes:
-        """Hash the tokens from the start to a page's end; kept with the request."""
-        names = request.page_names
-        while len(names) <= index:
-            before = names[-1] if names else b""
-            tokens = _tokens_of(request, len(names), self.allocator.page_tokens)
-            names.append(hashlib.blake2b(before + tokens, digest_size=NAME_BYTES, key=self._salt).digest())
-        return names[index]
+    def _full_page(self, request: Request, index: int) -> tuple[bytes, bytes]:
+        """Name and tokens of a page; the name hashes all tokens from the start to the page's end."""
+        pages, size = request.full_pages, self.allocator.page_tokens
+        while len(pages) <= index:
+            before = pages[-1][0] if pages else b""
+            ids = request.token_ids[len(pages) * size : (len(pages) + 1) * size]
+            tokens = np.array(ids, dtype=np.int32).tobytes()
+            name = hashlib.blake2b(before + tokens, digest_size=NAME_BYTES, key=self._salt).digest()
+            pages.append((name, tokens))
+        return pages[index]
 
     def _end(self, name: bytes, request: Request) -> None:
         """Note that a request computes a page no longer."""
@@ -164,9 +166,3 @@ class PrefixCache:
             doomed += [self._nodes[name] for name in node.children]
             del self._nodes[node.name], self._of_page[node.page]
             self.allocator.drop(node.page)
-
-
-def _tokens_of(request: Request, index: int, page_tokens: int) -> bytes:
-    """A page's token ids."""
-    ids = request.token_ids[index * page_tokens : (index + 1) * page_tokens]
-    return np.array(ids, dtype=np.int32).tobytes()

@@ -6,7 +6,6 @@ and `Request.output()` when it is done. Token ids, not text, are what the engine
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from dseek.core.errors import DseekError, RequestError
+from dseek.core.errors import DseekError
 from dseek.engine.sampler import Sampler
+from dseek.engine.sampling_params import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from dseek.engine.text import TextAssembler
 
 if TYPE_CHECKING:
@@ -23,79 +23,7 @@ if TYPE_CHECKING:
     from dseek.engine.lookup import DraftState
     from dseek.engine.token_filter import TokenFilter
 
-MAX_SEED = 2**63 - 1
-"""Largest seed."""
-
-MAX_LOGPROBS = 20
-"""Most of the likeliest tokens that are listed beside a chosen one."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """How the next token is chosen and when an answer ends; checked when it is made.
-
-    The filters work as in Hugging Face `generate`: repetition penalty, temperature, top-k, top-p, min-p, in this order.
-    """
-
-    temperature: float = 0.0
-    """Divides the logits; 0 takes the likeliest token and ignores the filters."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens until their probabilities sum to p; 1 keeps all."""
-    min_p: float = 0.0
-    """Drop tokens less likely than p times the likeliest; 0 keeps all."""
-    repetition_penalty: float = 1.0
-    """Logits of tokens already in prompt or answer are divided by it (multiplied where negative); greedy too."""
-    seed: int | None = None
-    """Makes the answer repeatable, whatever else runs beside it; None draws a fresh seed."""
-    max_new_tokens: int = 128
-    """Longest answer in tokens; the context may end it earlier."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer; none of them becomes part of it."""
-    ignore_eos: bool = False
-    """Go on past the model's end token (for measurements)."""
-    logprobs: int | None = None
-    """Give each token's log-probability, and those of so many of the likeliest tokens; None gives none."""
-    detokenize: bool = True
-    """Make text of the tokens; False saves the work where only ids matter."""
-
-    def samples(self, count: int) -> list[SamplingParams]:
-        """Make parameters for several answers to one prompt, which share its pages.
-
-        Args:
-            count: answers.
-
-        Returns:
-            The same parameters, with seeds that follow from this one's; without a seed each draws a fresh one.
-        """
-        if self.seed is None:
-            return [self] * count
-        return [dataclasses.replace(self, seed=(self.seed + i) % (MAX_SEED + 1)) for i in range(count)]
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more")
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
-        _require(0 < self.repetition_penalty < float("inf"), "repetition_penalty", self.repetition_penalty, "above 0")
-        _require(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", self.seed, f"from 0 to {MAX_SEED}")
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _require(
-            self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
-            "logprobs",
-            self.logprobs,
-            f"0 to {MAX_LOGPROBS}",
-        )
-        _require(not isinstance(self.stop, str), "stop", self.stop, "a tuple of texts")
-        _require(all(self.stop), "stop", self.stop, "texts that are not empty")
-        _require(self.detokenize or not self.stop, "stop", self.stop, "detokenize=True, stop texts need the text")
-
-
-def _require(holds: bool, name: str, value: object, needed: str) -> None:
-    """Raise a `RequestError` about a sampling parameter unless the condition holds."""
-    if not holds:
-        raise RequestError(f"{name} is {value!r}", needed=needed)
+__all__ = ["MAX_LOGPROBS", "MAX_SEED", "Request", "RequestOutput", "SamplingParams", "TokenStream"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +110,7 @@ class Request:
         "error",
         "finish_reason",
         "first_token_s",
+        "full_pages",
         "last_token_s",
         "logprobs",
         "max_tokens",
@@ -192,7 +121,6 @@ class Request:
         "num_prompt_tokens",
         "num_scheduled",
         "num_steps",
-        "page_names",
         "page_table",
         "pages",
         "params",
@@ -220,7 +148,7 @@ class Request:
         self.num_prompt_tokens = len(self.token_ids)
         self.params = params
         self.priority = priority
-        self.sampler = Sampler(params)
+        self.sampler = Sampler(params, self.num_prompt_tokens)
         self.token_filter = token_filter
         self.eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
         self.max_tokens = min(max_tokens, self.num_prompt_tokens + params.max_new_tokens)
@@ -237,8 +165,8 @@ class Request:
         self.pages: list[int] = []
         self.page_table = np.empty(0, dtype=np.int32)
         """int32 [at least P], the same pages as they stand in `Batch.page_tables`."""
-        self.page_names: list[bytes] = []
-        """Names of full pages, for the prefix cache to fill."""
+        self.full_pages: list[tuple[bytes, bytes]] = []
+        """Names and tokens of full pages, for the prefix cache to fill."""
         self.num_named = 0
         """Pages that the prefix cache has seen full."""
         self.names_pages = True

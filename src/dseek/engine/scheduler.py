@@ -149,6 +149,8 @@ class Scheduler:
         index = 0
         while index < len(self.waiting):
             request = self.waiting[index]
+            if len(self.running) >= self.max_batch and self.running[-1].priority <= request.priority:
+                return
             shared = [] if self.prefixes is None else self.prefixes.match(request)
             if shared is None:
                 index += 1
