@@ -113,8 +113,9 @@ def test_more_tokens_than_the_context_leaves_end_by_length(server: Served) -> No
         ({"stop": [""]}, "stop"),
         ({"seed": 2**70}, "seed"),
         ({"stream": "yes"}, "stream"),
-        ({"frequency_penalty": 1.0}, "frequency_penalty"),
-        ({"logit_bias": {"5": 1.0}}, "logit_bias"),
+        ({"frequency_penalty": 3.0}, "frequency_penalty"),
+        ({"logit_bias": {"5": 101.0}}, "logit_bias"),
+        ({"logit_bias": {"five": 1.0}}, "logit_bias"),
         ({"messages": []}, "messages"),
         ({"messages": [{"content": "x"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
@@ -137,6 +138,16 @@ def test_unknown_fields_and_neutral_ones_are_accepted(server: Served) -> None:
         frequency_penalty=0, presence_penalty=0.0, user="me", made_up_field={"x": [1]}, logit_bias={}
     )
     assert response.status_code == 200
+
+
+def test_bias_and_penalties_change_what_is_said(server: Served) -> None:
+    def said(**fields: object) -> str:
+        return str(server.complete("abc", temperature=0, max_tokens=20, **fields).json()["choices"][0]["text"])
+
+    assert said(logit_bias={str(ord("z")): 100}) == "z" * 20
+    assert len(set(said(logit_bias={str(ord("z")): 20}, frequency_penalty=2.0))) > 1
+    refused = server.complete("abc", suffix="x")
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "suffix"
 
 
 def test_another_model_is_not_found(server: Served) -> None:

@@ -17,9 +17,12 @@ MAX_SEED = 2**63 - 1
 MAX_TOKENS = 2**31 - 1
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
+MAX_BIASES = 1024
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+BiasKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Stop = StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None
 Prompt = str | list[str] | list[TokenId] | list[list[TokenId]]
 
@@ -87,18 +90,16 @@ class Sampling(Body):
     """A Lark grammar for the whole answer (vLLM's extension)."""
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[BiasKey, Bias] | None = Field(default=None, max_length=MAX_BIASES)
     user: str | None = None
 
     def unsupported(self) -> str | None:
         """Name the field that this server cannot honour and that would change the answer, or None."""
-        if self.frequency_penalty:
-            return "frequency_penalty"
-        if self.presence_penalty:
-            return "presence_penalty"
-        if self.logit_bias:
-            return "logit_bias"
         return None
+
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """Return pairs of a token's id and its bias."""
+        return tuple((int(token_id), bias) for token_id, bias in (self.logit_bias or {}).items())
 
     def stops(self) -> tuple[str, ...]:
         """Return the stop texts."""
