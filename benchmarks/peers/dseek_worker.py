@@ -63,6 +63,13 @@ class DseekWorker(Worker):
         outputs = self.generate_batch([token_ids], num_tokens)
         return {"token_ids": outputs["token_ids"][0], **{key: outputs[key] for key in ("first_token_s", "token_s")}}
 
+    def generate_many(self, prompts: list[list[int]], num_tokens: int) -> Answer:
+        """See `worker`."""
+        started = time.perf_counter()
+        outputs = self.llm.generate(prompts, max_new_tokens=num_tokens, ignore_eos=True, detokenize=False)
+        whole_s = time.perf_counter() - started
+        return {"token_ids": [list(output.token_ids) for output in outputs], "whole_s": whole_s}
+
     def generate_batch(self, prompts: list[list[int]], num_tokens: int) -> Answer:
         """Answer several prompts at once.
 

@@ -23,6 +23,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("dseek.cli.plan", "plan a run of a model and explain the choices"),
     "generate": ("dseek.cli.generate", "answer one prompt"),
     "chat": ("dseek.cli.chat", "talk with a model in the terminal"),
+    "serve": ("dseek.cli.serve", "serve a model over HTTP: an OpenAI-compatible API and a web page"),
+    "bench-serve": (
+        "dseek.cli.bench_serve",
+        "replay a trace of arrivals against a server: time to first token, between tokens, goodput",
+    ),
     "bench": ("dseek.cli.bench", "measure prefill and decode beside what the plan predicted"),
     "eval": ("dseek.cli.eval", "perplexity and next-token accuracy on a text"),
     "calibrate": ("dseek.cli.calibrate", "statistics of a model's numbers, and what narrower formats lose"),
