@@ -89,6 +89,20 @@ def load_or_measure(*, refresh: bool = False, progress: Progress | None = None) 
     return machine
 
 
+def load_kept() -> Machine | None:
+    """Return this machine's kept measurements, or None where there are none that fit; nothing is measured.
+
+    Raises:
+        ConfigError: a `DSEEK_*` variable is bad.
+    """
+    native = _native()
+    path = _path(fingerprint(probe(), native, "torch" if native is None else native.variant()))
+    try:
+        return Machine.from_json(path.read_text(encoding="utf-8"), where=str(path))
+    except (OSError, ConfigError, UnicodeDecodeError):
+        return None
+
+
 def fingerprint(found: Probe, native: NativeModule | None, variant: str) -> str:
     """Name what the measurements depend on, in 16 hexadecimal digits.
 
