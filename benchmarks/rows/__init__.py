@@ -255,6 +255,13 @@ _ALL = (
         quick=True,
     ),
     Row(
+        name="profiler-overhead",
+        claim="Time that profiling adds, the largest of native prefill and decode (SmolLM2-135M, int8, 512 and 128 "
+        "tokens) and a pass of the PyTorch module; bar 5 %",
+        place="profiler:profiler_overhead",
+        quick=True,
+    ),
+    Row(
         name="mixed-plan-loss",
         claim="Worst factor between the loss that plans from a calibration foresee and the one they have, SmolLM2-135M "
         "off its 4-bit grid, budgets 1 to 10 %, held-out Python source; bar 1.5",

@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "generate": ("dseek.cli.generate", "answer one prompt"),
     "chat": ("dseek.cli.chat", "talk with a model in the terminal"),
     "bench": ("dseek.cli.bench", "measure prefill and decode beside what the plan predicted"),
+    "profile": ("dseek.cli.profile", "show where a run's time goes, beside the roofline, and what would help"),
     "eval": ("dseek.cli.eval", "perplexity and next-token accuracy on a text"),
     "calibrate": ("dseek.cli.calibrate", "statistics of a model's numbers, and what narrower formats lose"),
     "quantize": ("dseek.cli.quantize", "write a model with integer weights, as compressed-tensors or GGUF"),
