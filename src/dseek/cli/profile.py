@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         DseekError: the model, an option or a report's place is unusable.
     """
     from dseek.cli.report import plan_line, planned_machine
+    from dseek.engine.runner import torch_modules
     from dseek.profiler.session import ProfileSession
 
     files = open_from(args)
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             machine=planned_machine(llm.plan),
             use_torch=llm.plan.kernels == "torch",
             timeline=bool(args.trace),
+            modules=torch_modules(llm.engine.runner),
         )
         with session:
             llm.generate(prompts, **sampling)

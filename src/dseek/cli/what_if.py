@@ -66,6 +66,12 @@ def check_what_if(args: argparse.Namespace) -> None:
         raise ConfigError("--train and --devices are about a described machine", needed="--machine FILE")
     if args.devices is not None and not args.train:
         raise ConfigError("--devices is about training", needed="--train beside it")
+    for option in ("save", "show_attention"):
+        if getattr(args, option) is not None and (args.machine is not None or args.pareto):
+            raise ConfigError(
+                f"--{option.replace('_', '-')} beside --machine or --pareto, which make no plan that runs",
+                remedy="leave it out, or plan without them",
+            )
     if args.train and args.pareto:
         raise ConfigError("--train and --pareto are two different tables", remedy="ask for one of them")
 

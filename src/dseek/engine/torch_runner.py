@@ -132,6 +132,11 @@ class TorchRunner(Runner):
         wanted = model.norm(x_RD[self._tensor(batch.logit_rows)]).to(self._decoder.lm_head.weight.dtype)
         return self._decoder.lm_head(wanted).float().cpu().numpy()
 
+    @property
+    def decoder(self) -> Decoder | None:
+        """The modules that compute, for whoever looks at a run; None once the runner is closed."""
+        return self._decoder
+
     def close(self) -> None:
         """Free the weights and the cache."""
         self._decoder = None

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 
 from dseek.core.errors import ConfigError
 from dseek.hardware.machine import Machine
+from dseek.plan.explain import loss_text
 from dseek.plan.formats import packed_bytes
 from dseek.plan.plan import Plan
+from dseek.plan.quality import WEIGHT_LOSS
 from dseek.plan.rates import Rates
 from dseek.profiler.native_session import role_of
 from dseek.profiler.native_work import streamed_bytes
@@ -31,7 +33,9 @@ NAMES = {
     "i8g": "int8 groups",
     "i4g": "int4",
 }
-_NARROWER = ("bf16", "i8c", "i8g", "i4g")
+_NEXT = {"wide": ("i8c", "i8g"), "int8": ("i4g",)}
+"""The next narrower formats: a cure goes one step, as each loses more than the one before."""
+
 _BITS = {"f32": 32, "fp32": 32, "f16": 16, "fp16": 16, "bf16": 16, "i8c": 8, "i8p": 8, "i8g": 8.5, "i4g": 5}
 
 
@@ -99,9 +103,10 @@ def _cure(record: OperatorRecord, rates: Rates, plan: Plan | None, working_set: 
         return None
     rows, outputs, inputs = record.dimensions
     is_native = role_of(record.name) is not None or record.name == "lm_head"
+    bits = _BITS.get(record.dtype, 0)
     best: tuple[str, float] | None = None
-    for name in _NARROWER:
-        if not rates.has_format(name) or _BITS[name] >= _BITS.get(record.dtype, 0):
+    for name in _NEXT["wide" if bits > 8.5 else "int8"]:
+        if not rates.has_format(name) or _BITS[name] >= bits:
             continue
         other_s = rates.linear_s(name, rows, outputs, inputs, working_set)
         if is_native:
@@ -112,7 +117,7 @@ def _cure(record: OperatorRecord, rates: Rates, plan: Plan | None, working_set: 
             ratio = other_s * record.calls / record.seconds
             what = f"{NAMES[name]} on dseek's kernels would save"
         saves_s = record.seconds * (1 - ratio)
-        if saves_s > 0 and (best is None or saves_s > 1.1 * best[1]):
+        if saves_s > 0 and (best is None or saves_s > best[1]):
             best = what, saves_s
     return best
 
@@ -135,7 +140,9 @@ def _narrower_cache(record: OperatorRecord, rates: Rates, plan: Plan) -> tuple[s
 
 def _text(where: str, record: OperatorRecord, seconds: float, what: str, saves_s: float, wall_s: float) -> str:
     bound = f", {record.roof} bound" if record.roof else ""
-    return f"{where} ({record.phase}): {100 * seconds / wall_s:.0f} % of time{bound}, {what} {time_text(saves_s)}"
+    loss = f" (everywhere it loses some {loss_text(WEIGHT_LOSS['i4g'])} of quality)" if what.startswith("int4") else ""
+    share = f"{100 * seconds / wall_s:.0f} % of time"
+    return f"{where} ({record.phase}): {share}{bound}, {what} {time_text(saves_s)}{loss}"
 
 
 def time_text(seconds: float) -> str:

@@ -21,9 +21,22 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--trace", metavar="FILE", help="write a timeline that Perfetto and chrome://tracing open")
     group.add_argument("--tensorboard", metavar="DIR", help="write scalars of each layer for TensorBoard")
-    group.add_argument("--step", type=int, default=0, metavar="N", help="step of those scalars (default: %(default)s)")
-    group.add_argument("--top", type=int, default=12, metavar="N", help="rows of each table (default: %(default)s)")
+    group.add_argument(
+        "--step", type=_count, default=0, metavar="N", help="step of those scalars (default: %(default)s)"
+    )
+    group.add_argument("--top", type=_count, default=12, metavar="N", help="rows of each table (default: %(default)s)")
     group.add_argument("--json", action="store_true", help="print one JSON object on stdout, for machines")
+
+
+def _count(text: str) -> int:
+    """Read a whole number from 0 on (an argparse type)."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**31 - 1}")
+    return value
 
 
 def write_outputs(args: argparse.Namespace, profile: Profile) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
@@ -17,6 +17,8 @@ from dseek.profiler.records import OperatorRecord, Profile, Stretch
 from dseek.profiler.roofline import Roofline
 
 if TYPE_CHECKING:
+    import torch
+
     from dseek.profiler.torch_session import TorchSession
 
 MUCH_WAITING, MUCH_PYTHON = 0.15, 0.2
@@ -31,15 +33,24 @@ class ProfileSession:
         machine: the measurements for the roofline; None takes those that are kept for this machine, if there are some.
         use_torch: record PyTorch's operators; None does so if PyTorch is imported already.
         timeline: keep the stretches for a trace.
+        modules: PyTorch modules whose parts are named after their places in them, whoever calls them; the parts of
+            others are named after their places in the outermost module that is called.
     """
 
     def __init__(
-        self, title: str = "", *, machine: Machine | None = None, use_torch: bool | None = None, timeline: bool = True
+        self,
+        title: str = "",
+        *,
+        machine: Machine | None = None,
+        use_torch: bool | None = None,
+        timeline: bool = True,
+        modules: Sequence[torch.nn.Module] = (),
     ) -> None:
         self._title = title
         self._machine = machine
         self._use_torch = "torch" in sys.modules if use_torch is None else use_torch
         self._timeline = timeline
+        self._modules = modules
         self._native = NativeSession(timeline=timeline)
         self._torch: TorchSession | None = None
         self._began_ns = 0
@@ -50,7 +61,7 @@ class ProfileSession:
         if self._use_torch:
             from dseek.profiler.torch_session import TorchSession
 
-            self._torch = TorchSession(timeline=self._timeline)
+            self._torch = TorchSession(timeline=self._timeline, modules=self._modules)
             self._torch.start()
         self._native.start()
         self._began_ns = time.perf_counter_ns()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,9 +62,14 @@ _Key = tuple[str, str, str, str, tuple[int, int] | None]
 
 
 class ModuleMarks:
-    """Marks the calls of all modules, under their names in the outermost module that runs."""
+    """Marks the calls of all modules, under their names in the outermost module that runs.
 
-    def __init__(self) -> None:
+    Args:
+        modules: roots whose parts have their names in them, whoever calls them.
+    """
+
+    def __init__(self, modules: Sequence[torch.nn.Module] = ()) -> None:
+        self._given = {id(part): name for root in modules for name, part in root.named_modules() if name}
         self._handles: list[Any] = []
         self._open: list[tuple[Any, Any]] = []
         self._names: weakref.WeakKeyDictionary[torch.nn.Module, dict[int, str]] = weakref.WeakKeyDictionary()
@@ -93,7 +98,7 @@ class ModuleMarks:
             if module not in self._names:
                 self._names[module] = {id(part): name for name, part in module.named_modules()}
         assert self._root is not None
-        name = self._names[self._root].get(id(module)) or type(module).__name__
+        name = self._given.get(id(module)) or self._names[self._root].get(id(module)) or type(module).__name__
         mark = _Mark(MARK + name)
         mark.__enter__()
         self._open.append((module, mark))
@@ -114,15 +119,16 @@ class TorchSession:
 
     Args:
         timeline: keep the stretches too.
+        modules: roots whose parts have their names in them, whoever calls them.
     """
 
-    def __init__(self, *, timeline: bool) -> None:
+    def __init__(self, *, timeline: bool, modules: Sequence[torch.nn.Module] = ()) -> None:
         self._timeline = timeline
         activities = [torch.profiler.ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(torch.profiler.ProfilerActivity.CUDA)
         self._profiler = torch.profiler.profile(activities=activities, record_shapes=True, acc_events=True)
-        self._marks = ModuleMarks()
+        self._marks = ModuleMarks(modules)
         self._is_running = False
         self.num_lost = 0
         self.num_threads = torch.get_num_threads()
