@@ -29,6 +29,8 @@ VERBS: dict[str, tuple[str, str]] = {
         "replay a trace of arrivals against a server: time to first token, between tokens, goodput",
     ),
     "bench": ("dseek.cli.bench", "measure prefill and decode beside what the plan predicted"),
+    "profile": ("dseek.cli.profile", "show where a run's time goes, beside the roofline, and what would help"),
+    "tune": ("dseek.cli.tune", "find the batch size of least time a token by measurement"),
     "eval": ("dseek.cli.eval", "perplexity and next-token accuracy on a text"),
     "calibrate": ("dseek.cli.calibrate", "statistics of a model's numbers, and what narrower formats lose"),
     "quantize": ("dseek.cli.quantize", "write a model with integer weights, as compressed-tensors or GGUF"),
