@@ -47,7 +47,7 @@ def run_ranks(
         RankError: a rank raised (the first to report counts, since its peers then fail too), died or hung.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["pytest", "torch", "torch.distributed.tensor", "dseek.parallel.transport"])
     with tempfile.TemporaryDirectory() as folder:
         readers: dict[Connection, int] = {}
         processes = []

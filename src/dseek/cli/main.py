@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "calibrate": ("dseek.cli.calibrate", "statistics of a model's numbers, and what narrower formats lose"),
     "quantize": ("dseek.cli.quantize", "write a model with integer weights, as compressed-tensors or GGUF"),
     "translate": ("dseek.cli.translate", "translate lines of text with an encoder-decoder"),
+    "checkpoint": ("dseek.cli.checkpoint", "list, verify, restore or clean up a training's checkpoints"),
     "train-gate": ("dseek.cli.train_gate", "train the gate that chooses blocks for dynamic attention"),
 }
 """Verb: its module and the line that `dseek --help` shows (the module's `HELP` says the same)."""
