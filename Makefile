@@ -15,14 +15,15 @@ export PATH := $(abspath $(BIN)):$(PATH)
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
+# Without --no-compile pip translates ten thousand files of which few are ever imported: half a minute.
 venv: $(VENV)/.native ## make .venv with PyTorch, dseek and its native kernels
 dev: $(VENV)/.dev ## the same, with everything that tests, lint and evaluation need
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet "cmake>=3.25" "nanobind>=2.4" "ninja>=1.11" "scikit-build-core>=0.11"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
+	$(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile "cmake>=3.25" "nanobind>=2.4" "ninja>=1.11" "scikit-build-core>=0.11"
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/.native: $(VENV)/.installed CMakeLists.txt $(CPP_FILES)
@@ -30,7 +31,7 @@ $(VENV)/.native: $(VENV)/.installed CMakeLists.txt $(CPP_FILES)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.native
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev,eval]"
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable ".[dev,eval]"
 	touch $@
 
 native: $(VENV)/.installed ## build the kernels and put them beside the sources (src/dseek/_native*.so)

@@ -200,6 +200,51 @@ def openvino_folder(model: BenchModel) -> Path:
     return _made(model, "openvino-int8", export)
 
 
+def openvino_int4_folder(model: BenchModel, source: Path, form: str) -> Path:
+    """A Hugging Face folder as OpenVINO's authors export it with int4 weights in groups of 32, all blocks of it.
+
+    Args:
+        model: the model.
+        source: the folder.
+        form: name of the result in the cache.
+
+    Returns:
+        The folder.
+    """
+
+    def export(target: Path) -> None:
+        tool = interpreter("openvino").parent / "optimum-cli"
+        arguments = ["--model", str(source), "--task", "text-generation-with-past", "--weight-format", "int4"]
+        arguments += ["--group-size", "32", "--ratio", "1.0"]
+        _run([str(tool), "export", "openvino", *arguments, str(target)], target)
+
+    return _made(model, form, export)
+
+
+def llamacpp_file(model: BenchModel, source: Path, kind: str, form: str) -> Path:
+    """A Hugging Face folder as llama.cpp's own quantiser rounds it, from float32.
+
+    Args:
+        model: the model.
+        source: the folder.
+        kind: such as Q4_K_M.
+        form: name of the result in the cache.
+
+    Returns:
+        The file.
+    """
+
+    def quantise(target: Path) -> None:
+        wide = target / "wide.gguf"
+        command = [sys.executable, "-m", "dseek.cli.main", "export", str(source), "--dtype", "float32"]
+        _run([*command, "--out", str(wide)], target)
+        script = PREPARE_DIR / "requantise_gguf.py"
+        _run([str(interpreter("llamacpp")), str(script), str(wide), str(target / "model.gguf"), kind], target)
+        wide.unlink()
+
+    return _made(model, form, quantise) / "model.gguf"
+
+
 def w8a8_folder(model: BenchModel) -> Path:
     """The model in the `compressed-tensors` W8A8 layout for vLLM."""
     source = hf_folder(model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +43,11 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
     """Hold files that skip as a whole to `_nothing_may_be_missing`."""
     report = yield
     return _nothing_may_be_missing(report)
+
+
+def pytest_configure() -> None:
+    """Let programs that tests start be interrupted: a shell's background jobs inherit that the signal is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

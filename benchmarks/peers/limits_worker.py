@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.peers.faster_dtype import faster_dtype
 from benchmarks.peers.worker import Answer, Worker, serve
 
 SQUARE = 2048
@@ -49,7 +50,7 @@ class LimitsWorker(Worker):
         return {"variant": None if self.native is None else self.native.variant()}
 
     def gemm(self, dtype: str, at_least_s: float = 0.3) -> Answer:
-        """Operations a second of a square product in int8 or bf16."""
+        """Operations a second of a square product in int8 or bf16; PyTorch widens bf16 where that is faster."""
         operations = 2.0 * SQUARE**3
         generator = torch.Generator().manual_seed(0)
         if dtype == "int8":
@@ -57,7 +58,7 @@ class LimitsWorker(Worker):
             rates = {"torch": operations / seconds_a_call(lambda: torch._int_mm(a, b), at_least_s)}
             own_format = "i8c"
         elif dtype == "bf16":
-            x, y = (torch.randn(SQUARE, SQUARE, generator=generator).to(torch.bfloat16) for _ in range(2))
+            x, y = (torch.randn(SQUARE, SQUARE, generator=generator).to(faster_dtype()) for _ in range(2))
             rates = {"torch": operations / seconds_a_call(lambda: x @ y, at_least_s)}
             own_format = "bf16"
         else:
@@ -83,7 +84,8 @@ class LimitsWorker(Worker):
             head_dim: width of a head.
 
         Returns:
-            `own_s`, `torch_s`, `difference` (largest absolute difference) and `cosine` of the two results.
+            `own_s`, `torch_s` in the dtype that is faster there, which is `torch_dtype`, `difference` (largest absolute
+            difference) and `cosine` of the two results.
         """
         q, k, v = _random_heads(num_tokens, num_heads, head_dim)
         arrays = _views(q, k, v)
@@ -91,8 +93,9 @@ class LimitsWorker(Worker):
         started = time.perf_counter()
         own = self._kernels().dense_attention(*arrays)
         own_s = time.perf_counter() - started
-        expected, torch_s = _torch_attention(q, k, v)
-        return {"own_s": own_s, "torch_s": torch_s, **_compare(own, expected)}
+        dtype = faster_dtype()
+        expected, torch_s = _torch_attention(q, k, v, dtype)
+        return {"own_s": own_s, "torch_s": torch_s, "torch_dtype": str(dtype), **_compare(own, expected)}
 
     def sparse_attention(
         self,
@@ -115,8 +118,9 @@ class LimitsWorker(Worker):
 
         Returns:
             `own_s`, `parts` (seconds of pyramid, selection and attention, summed over the threads), `skipped` (share of
-            the causal block pairs that no query block looks at), `torch_s` (null without), and the `difference` and
-            `cosine` between the result and float32 attention over the same keys, for query blocks spread over the text.
+            the causal block pairs that no query block looks at), `torch_s` (null without) in the faster dtype, which is
+            `torch_dtype`, and the `difference` and `cosine` between the result and float32 attention over the same
+            keys, for query blocks spread over the text.
         """
         q, k, v = _random_heads(num_tokens, num_heads, head_dim)
         pattern = {"near_blocks": [near_blocks] * num_heads, "top_blocks": top_blocks}
@@ -130,10 +134,12 @@ class LimitsWorker(Worker):
             raise RuntimeError("two calls of dynamic attention differ")
         num_blocks = -(-num_tokens // BLOCK_TOKENS)
         looked_at = sum(len(exact) for head in selections for exact, _ in head)
-        torch_s = _torch_attention(q, k, v)[1] if with_torch else None
+        dtype = faster_dtype() if with_torch else None
+        torch_s = None if dtype is None else _torch_attention(q, k, v, dtype)[1]
         return {
             "own_s": own_s,
             "torch_s": torch_s,
+            "torch_dtype": str(dtype),
             "parts": parts,
             "skipped": 1.0 - looked_at / (num_heads * num_blocks * (num_blocks + 1) / 2),
             **_compare(*_spread_blocks(q[0], k[0], v[0], own, selections)),
@@ -156,8 +162,11 @@ def _views(*tensors: torch.Tensor) -> list[np.ndarray]:
     return [tensor[0].contiguous().view(torch.uint16).numpy() for tensor in tensors]
 
 
-def _torch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """PyTorch's dense causal attention [H, T, d] and its seconds."""
+def _torch_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, float]:
+    """PyTorch's dense causal attention [H, T, d] in a dtype, and its seconds."""
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     time.sleep(SETTLE_S)
     started = time.perf_counter()
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)

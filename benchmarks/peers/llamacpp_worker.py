@@ -9,7 +9,10 @@ import llama_cpp
 import numpy as np
 
 from benchmarks.peers.worker import Answer, Worker, serve, steady_token_s
+from benchmarks.scoring import score_rows
 
+LOGIT_ROWS = 256
+"""Rows of logits asked for at once."""
 BATCH_TOKENS = 2048
 """Tokens of one `llama_decode` call in prefill (llama.cpp's own default `n_batch`)."""
 
@@ -77,6 +80,36 @@ class LlamaCppWorker(Worker):
             "token_id": token_id,
             "prompt_token_ids": list(room[:count]),
         }
+
+    def nll(self, token_ids: list[int], window: int) -> Answer:
+        """See `worker`."""
+        losses, best = [], []
+        for start in range(0, len(token_ids), window):
+            ids = token_ids[start : start + window]
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+            for first in range(0, len(ids) - 1, LOGIT_ROWS):
+                last = min(first + LOGIT_ROWS, len(ids) - 1)
+                logits = self._all_logits(ids[first:last], first)
+                row_losses, row_best = score_rows(logits, np.array(ids[first + 1 : last + 1]))
+                losses += row_losses
+                best += row_best
+        return {"losses": losses, "best": best}
+
+    def _all_logits(self, token_ids: list[int], position: int) -> np.ndarray:
+        """Compute tokens from a position on; float32 [T, V], valid until the next call."""
+        batch = llama_cpp.llama_batch_init(len(token_ids), 0, 1)
+        try:
+            batch.n_tokens = len(token_ids)
+            for index, token_id in enumerate(token_ids):
+                batch.token[index], batch.pos[index] = token_id, position + index
+                batch.n_seq_id[index], batch.seq_id[index][0], batch.logits[index] = 1, 0, 1
+            status = llama_cpp.llama_decode(self.context, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode returned {status}")
+        logits = llama_cpp.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(logits, shape=(len(token_ids), self.vocab_size))
 
     def _prefill(self, tokens: Any, count: int) -> None:
         """Compute `count` tokens in batches, logits of the last one only."""

@@ -1,4 +1,7 @@
-"""OpenVINO GenAI behind the protocol: `LLMPipeline` on the CPU, prefix caching off, computing in bf16."""
+"""OpenVINO GenAI behind the protocol: `LLMPipeline` on the CPU, prefix caching off, computing in bf16.
+
+Its pipeline gives no logits; with the option `logits` the same model is compiled by OpenVINO itself, in fp32.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import openvino
 import openvino_genai
 
 from benchmarks.peers.worker import Answer, Worker, serve, steady_token_s
+from benchmarks.scoring import score_rows
 
 
 class OpenVinoWorker(Worker):
@@ -19,6 +23,8 @@ class OpenVinoWorker(Worker):
         """See `worker`."""
         started = time.perf_counter()
         options = options or {}
+        if options.get("logits"):
+            return self._compile(path, threads, started)
         properties: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": options.get("precision_hint", "bf16"),
@@ -48,6 +54,37 @@ class OpenVinoWorker(Worker):
             "token_s": steady_token_s(times) / 1e3,
         }
 
+    def _compile(self, path: str, threads: int, started: float) -> Answer:
+        """Make the model ready for `nll`."""
+        core = openvino.Core()
+        model = core.read_model(f"{path}/openvino_model.xml")
+        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+        self.request = core.compile_model(model, "CPU", settings).create_infer_request()
+        return {
+            "load_s": time.perf_counter() - started,
+            "version": openvino.__version__,
+            "block_bits": _block_bits(model),
+        }
+
+    def nll(self, token_ids: list[int], window: int) -> Answer:
+        """See `worker`."""
+        losses, best = [], []
+        for start in range(0, len(token_ids), window):
+            ids = np.array([token_ids[start : start + window]], dtype=np.int64)
+            self.request.reset_state()
+            self.request.infer(
+                {
+                    "input_ids": ids,
+                    "attention_mask": np.ones_like(ids),
+                    "position_ids": np.arange(ids.shape[1], dtype=np.int64)[None],
+                    "beam_idx": np.zeros(1, dtype=np.int32),
+                }
+            )
+            row_losses, row_best = score_rows(self.request.get_tensor("logits").data[0, :-1], ids[0, 1:])
+            losses += row_losses
+            best += row_best
+        return {"losses": losses, "best": best}
+
     def start(
         self, path: str, threads: int, context_tokens: int, prompt: str, options: dict[str, Any] | None = None
     ) -> Answer:
@@ -71,6 +108,20 @@ class OpenVinoWorker(Worker):
         config.ignore_eos = True
         config.apply_chat_template = False
         return config
+
+
+def _block_bits(model: Any) -> float:
+    """Bits of integers, scales and zero points for a weight of the blocks' projections."""
+    bits = weights = 0
+    for node in model.get_ops():
+        if node.get_type_name() != "Constant" or ".layers." not in node.get_friendly_name():
+            continue
+        kind, size = node.get_element_type(), int(np.prod(node.get_output_shape(0), dtype=np.int64))
+        if kind in (openvino.Type.i4, openvino.Type.u4, openvino.Type.i8, openvino.Type.u8) and size >= 4096:
+            # Zero points are as small integers as weights are, one for a group of 32.
+            weights += 0 if "zero_point" in node.get_friendly_name() else size
+        bits += size * kind.bitwidth if size >= 4096 else 0
+    return bits / max(weights, 1)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.peers.faster_dtype import faster_dtype
 from benchmarks.peers.worker import Answer, Worker, serve
 from dseek.core.attention_pattern import AttentionPattern
 from dseek.ops import native
@@ -23,7 +24,7 @@ NAMES = ("output", "q", "k", "v")
 
 
 class TrainingWorker(Worker):
-    """Every tensor is bfloat16, drawn from a normal distribution; q, k and v want gradients."""
+    """Tensors are bfloat16, drawn from a normal distribution; q, k and v want gradients."""
 
     def setup(self, threads: int) -> Answer:
         """Limit the threads of both; says which native variant there is (None if there is none)."""
@@ -43,13 +44,14 @@ class TrainingWorker(Worker):
             pattern: `window_tokens` and `top_blocks`.
 
         Returns:
-            `own_forward_s`, `own_backward_s`, `torch_forward_s`, `torch_backward_s`.
+            `own_forward_s`, `own_backward_s`, `torch_forward_s`, `torch_backward_s`, and `torch_dtype`, PyTorch's.
         """
         q, k, v, gradient = _draw(num_tokens, num_heads, num_heads, head_dim)
         wanted = _pattern(pattern)
         own = _step([q, k, v], gradient, lambda *leaves: merged_dynamic_attention(*leaves, wanted))
-        # PyTorch gets the layout that it is fastest with.
-        heads_first = [tensor.transpose(0, 1)[None].contiguous() for tensor in (q, k, v, gradient)]
+        # PyTorch gets the layout and the dtype that it is fastest with.
+        dtype = faster_dtype()
+        heads_first = [tensor.transpose(0, 1)[None].contiguous().to(dtype) for tensor in (q, k, v, gradient)]
 
         def dense(*leaves: torch.Tensor) -> torch.Tensor:
             return torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
@@ -60,6 +62,7 @@ class TrainingWorker(Worker):
             "own_backward_s": own[1],
             "torch_forward_s": theirs[0],
             "torch_backward_s": theirs[1],
+            "torch_dtype": str(dtype),
         }
 
     def check(self, num_tokens: int, num_heads: int, num_groups: int, head_dim: int, pattern: dict[str, Any]) -> Answer:

@@ -10,6 +10,8 @@ Whatever the engine prints goes to stderr. Operations (a worker may lack some):
 - `start` path, threads, context_tokens, prompt, options: load in a process that has done nothing but import the engine,
   and answer a text; gives `first_token_s` counted from before the load, `first_token_at_s` (the same moment on
   `time.monotonic`, which all processes of a Linux system share), and `token_ids` (or `token_id`).
+- `nll` token_ids, window: score every token after the first of each window, nothing before the window known; gives
+  `losses` in nats and `best`, the likeliest tokens.
 - `memory`: `peak_bytes` and `now_bytes` of resident memory.
 """
 

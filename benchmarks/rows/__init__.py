@@ -134,7 +134,7 @@ _ALL = (
     ),
     Row(
         name="attention-dense-16k",
-        claim="Dense causal attention, 16,384 tokens, 8 heads of 64, bf16; peer PyTorch SDPA",
+        claim="Dense causal attention, 16,384 tokens, 8 heads of 64, bf16; peer PyTorch SDPA in its faster dtype",
         place="attention:attention_dense_16k",
         min_ratio=4.0,
         min_limit_share=0.55,
@@ -142,7 +142,8 @@ _ALL = (
     ),
     Row(
         name="attention-sparse-16k",
-        claim="Dynamic attention, 16,384 tokens, 8 heads of 64, bf16, means and selection included; peer PyTorch SDPA",
+        claim="Dynamic attention, 16,384 tokens, 8 heads of 64, bf16, means and selection included; peer PyTorch SDPA "
+        "in its faster dtype",
         place="attention:attention_sparse_16k",
         min_ratio=15.0,
         quick=True,
@@ -156,8 +157,8 @@ _ALL = (
     ),
     Row(
         name="train-attention",
-        claim="Training of dynamic attention, 16,384 tokens, 8 heads of 64, bf16; peer PyTorch SDPA; bars 2.5x forward "
-        "and 1.7x backward, the ratio is the smaller share of its bar",
+        claim="Training of dynamic attention, 16,384 tokens, 8 heads of 64, bf16; peer PyTorch SDPA in its faster "
+        "dtype; bars 2.5x forward and 1.7x backward, the ratio is the smaller share of its bar",
         place="training:train_attention",
         min_ratio=1.0,
         quick=True,
@@ -209,10 +210,10 @@ _ALL = (
         place="quantised:quality_w8a8_file",
     ),
     Row(
-        name="quality-int4-torchao",
+        name="quality-int4-peers",
         claim="Rise of perplexity over fp32 on the same texts, int4 in groups of 32 written by dseek quantize, weights "
-        "off their file's 4-bit grid; peer torchao int4 in the same groups",
-        place="quantised:quality_int4_torchao",
+        "off their file's 4-bit grid; peer the best of torchao int4, llama.cpp Q4_K_M and OpenVINO int4",
+        place="quantised:quality_int4_peers",
     ),
     Row(
         name="gate-8k",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 from benchmarks import limits
 from benchmarks.contest import alternate, spread_of
@@ -26,7 +27,7 @@ def attention_dense_16k(settings: Settings) -> Outcome:
     num_tokens = settings.pick(16384, 512)
     with limits.Limits(threads=settings.threads, smoke=settings.smoke) as rates:
 
-        def measure(_: int) -> dict[str, float]:
+        def measure(_: int) -> dict[str, Any]:
             rates.measure("bf16")
             return rates.process.call("attention", num_tokens=num_tokens, num_heads=NUM_HEADS, head_dim=HEAD_DIM)
 
@@ -49,7 +50,7 @@ def attention_dense_16k(settings: Settings) -> Outcome:
         unit="s",
         ratio=torch_s / own_s,
         limit_share=operations / own_s / rate,
-        peer="PyTorch scaled_dot_product_attention",
+        peer=_peer(answers),
         details=details,
     )
 
@@ -65,7 +66,7 @@ def attention_sparse_16k(settings: Settings) -> Outcome:
     num_tokens = settings.pick(16384, 1024)
     with limits.Limits(threads=settings.threads, smoke=settings.smoke) as rates:
 
-        def measure(_: int) -> dict[str, float]:
+        def measure(_: int) -> dict[str, Any]:
             return rates.process.call(
                 "sparse_attention", num_tokens=num_tokens, near_blocks=NEAR_BLOCKS, top_blocks=TOP_BLOCKS
             )
@@ -78,7 +79,7 @@ def attention_sparse_16k(settings: Settings) -> Outcome:
         unit="s",
         ratio=torch_s / own_s,
         limit_share=None,
-        peer="PyTorch scaled_dot_product_attention",
+        peer=_peer(answers),
         details={
             "own_s": spread_of(answers, "own_s"),
             "torch_s": spread_of(answers, "torch_s"),
@@ -95,7 +96,7 @@ def growth_64k(settings: Settings) -> Outcome:
     short, long = settings.pick(16384, 512), settings.pick(65536, 2048)
     with limits.Limits(threads=settings.threads, smoke=settings.smoke) as rates:
 
-        def measure(num_tokens: int) -> dict[str, float]:
+        def measure(num_tokens: int) -> dict[str, Any]:
             return rates.process.call(
                 "sparse_attention",
                 num_tokens=num_tokens,
@@ -125,7 +126,12 @@ def growth_64k(settings: Settings) -> Outcome:
     )
 
 
-def _check(answers: list[dict[str, float]]) -> None:
+def _peer(answers: list[dict[str, Any]]) -> str:
+    """Name the peer with the dtype it was faster in."""
+    return f"PyTorch scaled_dot_product_attention, {answers[0]['torch_dtype'].removeprefix('torch.')}"
+
+
+def _check(answers: list[dict[str, Any]]) -> None:
     """Raise IncorrectError where a result is too far from what it should be."""
     for answer in answers:
         if not (answer["difference"] <= MAX_DIFFERENCE and answer["cosine"] >= MIN_COSINE):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from benchmarks.rows import Settings
 from benchmarks.scoring import agreement, perplexity, score_rows
 from dseek import load, plan
 from dseek.models.files import open_model
+from dseek.ops.tensor import BLOCK_SIZES
 from dseek.plan.attention_wish import AttentionWish
 from dseek.plan.formats import LayerFormats
 
@@ -105,29 +107,76 @@ def _w8a8_outcome(
     )
 
 
-def quality_int4_torchao(settings: Settings) -> Outcome:
-    """int4 in groups of 32 by calibration, beside torchao's; the weights are off the grid of their 4-bit file."""
+def quality_int4_peers(settings: Settings) -> Outcome:
+    """int4 in groups of 32 by calibration, beside what others make of the weights, off the grid of their 4-bit file."""
     source = models.off_grid_folder(MODEL, OFF_GRID_SEED, OFF_GRID_SPREAD)
     folder = _quantised(settings, source, "int4", ["--enable_quantization", "int4", "--group-size", "32"])
     texts = _measured_texts(settings)
     own = _score(settings, str(folder), {"precision": "int4", "max_quality_loss": 1e-6}, texts, formats=["i4g"])
     wide = _reference(settings, texts, source, str(source))
-    with PeerProcess("transformers", threads=settings.threads) as process:
-        options = {"torchao_int4_groups": 32}
-        process.call("load", path=str(source), threads=settings.threads, context_tokens=0, options=options)
-        peer = {name: process.call("nll", token_ids=ids, window=_window(settings)) for name, ids in texts.items()}
+    form = f"off-grid-{OFF_GRID_SEED}-{OFF_GRID_SPREAD:g}"
+    peers = [
+        Entrant("torchao int4", "transformers", str(source), {"torchao_int4_groups": 32}),
+        Entrant(
+            "llama.cpp Q4_K_M",
+            "llamacpp",
+            str(models.llamacpp_file(MODEL, source, "Q4_K_M", f"{form}-Q4_K_M")),
+        ),
+        Entrant(
+            "OpenVINO int4",
+            "openvino",
+            str(models.openvino_int4_folder(MODEL, source, f"{form}-openvino-int4")),
+            {"logits": True},
+        ),
+    ]
+    found = {"dseek": own}
+    loaded: dict[str, dict[str, Any]] = {}
+    for peer in peers:
+        with running([peer], threads=settings.threads, context_tokens=_window(settings) + 1) as engines:
+            call = engines[0].process.call
+            loaded[peer.name] = engines[0].loaded
+            found[peer.name] = {
+                name: call("nll", token_ids=ids, window=_window(settings)) for name, ids in texts.items()
+            }
     changes = {
-        who: {name: perplexity(found[name]["losses"]) / perplexity(wide[name]["losses"]) - 1 for name in texts}
-        for who, found in (("dseek", own), ("torchao", peer))
+        who: {name: perplexity(scores[name]["losses"]) / perplexity(wide[name]["losses"]) - 1 for name in texts}
+        for who, scores in found.items()
     }
-    ours, theirs = (sum(changes[who].values()) / len(texts) for who in ("dseek", "torchao"))
+    for who, change in changes.items():
+        if not max(map(abs, change.values())) < LARGEST_CHANGE:
+            raise IncorrectError(f"the perplexity of {who} changed by {change}: that is no rounding")
+    means = {who: sum(change.values()) / len(texts) for who, change in changes.items()}
+    ours = means.pop("dseek")
+    best = min(means, key=means.__getitem__)
     return Outcome(
         value=ours,
         unit="fraction",
-        ratio=ratio_to_bar(theirs, max(ours, 1e-6)),
-        peer="torchao int4, groups of 32",
-        details=_details(settings, texts, own, wide) | {"changes": changes},
+        ratio=ratio_to_bar(means[best], max(ours, 1e-6)),
+        peer=best,
+        details=_details(settings, texts, own, wide)
+        | {
+            "changes": changes,
+            "versions": {who: answer.get("version") for who, answer in loaded.items()},
+            "block_bits": {
+                "dseek": 4 + 16 / 32,
+                "torchao int4": 4 + 16 / 32,
+                "llama.cpp Q4_K_M": _block_bits(Path(peers[1].path)),
+                "OpenVINO int4": loaded["OpenVINO int4"]["block_bits"],
+            },
+        },
     )
+
+
+def _block_bits(path: Path) -> float:
+    """Bits that a GGUF file spends on a weight of the blocks' projections."""
+    with open_model(str(path)) as files:
+        names = [name for name in files.tensor_names() if ".layers." in name and len(files.tensor_shape(name)) == 2]
+        sizes = {name: math.prod(files.tensor_shape(name)) for name in names}
+        num_bits = 0.0
+        for name, size in sizes.items():
+            elements, num_bytes = BLOCK_SIZES[files.tensor_encoding(name)]
+            num_bits += 8 * num_bytes * size / elements
+    return num_bits / sum(sizes.values())
 
 
 def _window(settings: Settings) -> int:

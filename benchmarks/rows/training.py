@@ -65,7 +65,7 @@ def train_attention(settings: Settings) -> Outcome:
         unit="s",
         ratio=min(forward / FORWARD_BAR, backward / BACKWARD_BAR),
         limit_share=None,
-        peer="PyTorch scaled_dot_product_attention",
+        peer=f"PyTorch scaled_dot_product_attention, {answers[0]['torch_dtype'].removeprefix('torch.')}",
         details={
             "tokens": num_tokens,
             "forward_ratio": forward,

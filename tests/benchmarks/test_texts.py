@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import needles, prose, standard_library
 from benchmarks.errors import BenchmarkError
+from benchmarks.prepare import recall
 from benchmarks.prepare import standard_library as printing
 
 
@@ -129,3 +130,18 @@ def test_needle_lies_between_lines_at_its_depth(depth: float, place: int) -> Non
 def test_short_haystack_is_refused() -> None:
     with pytest.raises(BenchmarkError, match="a haystack of 50 tokens, 93 are needed"):
         needles.hide([0] * 50, [], [1] * 3, [2] * 4, num_tokens=100, depth=0.5)
+
+
+def test_every_third_piece_comes_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source.py"
+    # Every line is there once: one that is found again was repeated.
+    source.write_text("\n".join(f"line number {number} of the only source" for number in range(20_000)))
+    assert recall.main([str(source), "--out", str(tmp_path / "texts"), "--texts", "2"]) == 0
+    first, second = (path.read_text() for path in sorted((tmp_path / "texts").iterdir()))
+    assert first != second
+    for text in (first, second):
+        lines = text.splitlines()
+        assert len(text) >= recall.MIN_CHARACTERS and 0.25 < 1 - len(set(lines)) / len(lines) < 0.45
+    source.write_text("too short\n")
+    assert recall.main([str(source), "--out", str(tmp_path / "none")]) == 2
+    assert "no file has more than" in capsys.readouterr().err

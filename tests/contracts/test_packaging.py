@@ -35,10 +35,8 @@ def test_licence_is_apache(repo: Path) -> None:
 
 
 def test_the_test_command_is_the_same_everywhere(repo: Path) -> None:
-    makefile = (repo / "Makefile").read_text()
-    assert "$(BIN)/python -m pytest\n" in makefile
-    assert ".venv/bin/python -m pytest" in (repo / "README.md").read_text()
-    assert "make test" in (repo / ".ci/run").read_text()
+    assert "$(BIN)/python -m pytest" in (repo / "Makefile").read_text().partition("\ntest:")[2].partition("\n\n")[0]
+    assert "make test" in (repo / "README.md").read_text() and "make test" in (repo / ".ci/run").read_text()
 
 
 def _build_wheel(repo: Path, folder: Path, **variables: str) -> tuple[Path, str]:

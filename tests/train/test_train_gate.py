@@ -157,6 +157,22 @@ def test_a_finished_command_learns_no_bias_again(
 
 
 @pytest.mark.native
+def test_a_trained_gate_is_kept_where_heads_are_measured_anew(
+    folder: Path, gate: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--tokens", "1280", "--samples", "1", "--head-texts", "1", "--density", "0.9", "--gate", str(gate)]
+    assert main(["train-gate", str(folder), "--text", SOURCE, "--out", str(tmp_path), *options]) == 0
+    before, after = dict(_tensors(gate)), dict(_tensors(tmp_path / FILE_NAME))
+    changed = {name.rsplit(".", 1)[1] for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and changed and changed <= {"dense", "share_factor"}
+    other = shutil.copytree(folder, tmp_path / "other")
+    weights = dict(_tensors(other / "model.safetensors"))
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"] * 2}, other / "model.safetensors")
+    capsys.readouterr()
+    assert main(["train-gate", str(other), "--text", SOURCE, "--out", str(tmp_path / "no"), *options]) == 2
+    assert "was trained for another model" in capsys.readouterr().err
+
+
 def test_the_engine_follows_the_gate_beside_the_model(folder: Path, gate: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "gated")
     shutil.copy(gate, tmp_path / "gated" / FILE_NAME)

@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("dseek.cli.eval", "perplexity and next-token accuracy on a text"),
     "calibrate": ("dseek.cli.calibrate", "statistics of a model's numbers, and what narrower formats lose"),
     "quantize": ("dseek.cli.quantize", "write a model with integer weights, as compressed-tensors or GGUF"),
+    "export": ("dseek.cli.export", "write a model as a Hugging Face folder or a GGUF file"),
     "translate": ("dseek.cli.translate", "translate lines of text with an encoder-decoder"),
     "checkpoint": ("dseek.cli.checkpoint", "list, verify, restore or clean up a training's checkpoints"),
     "train-gate": ("dseek.cli.train_gate", "train the gate that chooses blocks for dynamic attention"),

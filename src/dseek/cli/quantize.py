@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,12 +37,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_model(parser)
     add_quantization_option(parser, "what the weights become", required=True)
+    add_output(parser, FORMATS)
+    parser.add_argument("--dtype", choices=DTYPES, help="of all that stays wide (default: the source's, else float32)")
+    add_method(parser)
+    add_json(parser)
+
+
+def add_output(parser: argparse.ArgumentParser, formats: Sequence[str]) -> None:
+    """Add --out and --format.
+
+    Args:
+        parser: the verb's parser.
+        formats: of a folder, then of a file.
+    """
     parser.add_argument(
         "--out", required=True, metavar="OUT", help="folder to write, or a .gguf file; a stopped run goes on"
     )
     parser.add_argument(
-        "--format", choices=FORMATS, help="how it is stored (default: by the name of OUT, else compressed-tensors)"
+        "--format", choices=formats, help=f"how it is stored (default: by the name of OUT, else {formats[0]})"
     )
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """Add the options about how integers are chosen.
+
+    Args:
+        parser: the verb's parser.
+    """
     group = parser.add_argument_group("how integers are chosen")
     group.add_argument(
         "--method",
@@ -88,10 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="projections that stay wide, such as '*.down_proj' (may be repeated)",
     )
-    group.add_argument("--dtype", choices=DTYPES, help="of all that stays wide (default: the source's, else float32)")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the stretches' places (default: 0)")
     group.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: PyTorch's own choice)")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -114,9 +133,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     target = Path(args.out)
-    is_gguf = _is_gguf(args, target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists already", needed="a name that is free", remedy="remove it, or take another")
+    is_gguf = wants_gguf(args, target)
+    require_free(target)
     # Everything is put together beside the target, so that it is there whole or not at all.
     partial = target.with_name(target.name + ".partial")
     with open_model(args.model) as files:
@@ -136,19 +154,41 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _is_gguf(args: argparse.Namespace, target: Path) -> bool:
+def wants_gguf(args: argparse.Namespace, target: Path) -> bool:
+    """Tell whether a GGUF file was asked for.
+
+    Args:
+        args: parsed arguments.
+        target: what is to be written.
+
+    Raises:
+        ConfigError: --format and the name say different things.
+    """
     named = target.suffix == ".gguf"
-    is_gguf = named if args.format is None else args.format == "gguf"
-    if is_gguf != named:
+    asked = named if args.format is None else args.format == "gguf"
+    if asked != named:
         raise ConfigError(
             f"--format {args.format} was asked for, and --out {target}",
-            needed="a .gguf file" if is_gguf else "a folder",
+            needed="a .gguf file" if asked else "a folder",
         )
-    return is_gguf
+    return asked
+
+
+def require_free(target: Path) -> None:
+    """Refuse to write over something.
+
+    Args:
+        target: what is to be written.
+
+    Raises:
+        ConfigError: it is there, and no empty folder.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{target} exists already", needed="a name that is free", remedy="remove it, or take another")
 
 
 def _dtype(args: argparse.Namespace, files: ModelFiles, is_gguf: bool) -> str:
-    from dseek.compress.ptq_folder import default_dtype
+    from dseek.models.folder_writer import default_dtype
 
     if is_gguf:
         if args.dtype is not None:

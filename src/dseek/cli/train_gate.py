@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from dseek.models.decoder import Decoder
     from dseek.models.files import ModelFiles
-    from dseek.train.gate_training import Progress
+    from dseek.train.gate_training import GateTraining, Progress
 
 HELP = "train the gate that chooses blocks for dynamic attention"
 
@@ -83,6 +84,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of all pairs that the heads may look at with a least share of 0.024; what each head gets of them "
         "is chosen by what it costs the model to see less (default: %(default)s)",
     )
+    group.add_argument(
+        "--head-texts",
+        type=positive_int,
+        default=6,
+        metavar="N",
+        help="samples on which it is measured what heads need (default: %(default)s)",
+    )
+    group.add_argument(
+        "--gate", metavar="FILE", help="a trained gate, which is kept: only what heads need is measured anew"
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="of the frozen model (default: bfloat16 where the processor multiplies it, else float32)",
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, rows and order (default: 0)")
     group.add_argument("--threads", type=positive_int, metavar="N", help="threads (default: PyTorch's own choice)")
     group.add_argument("--tensorboard", action="store_true", help="write curves for TensorBoard into DIR/runs")
@@ -105,50 +122,110 @@ def run(args: argparse.Namespace) -> int:
     from dseek.models.files import open_model
     from dseek.models.gate_file import FILE_NAME, fingerprint
     from dseek.models.long_positions import extend_positions
-    from dseek.models.window_choice import WindowChoice
-    from dseek.train import gate_training, head_shares, level_bias
-    from dseek.train.sample_windows import sample_windows
+    from dseek.train import gate_training, head_shares
 
     config = gate_training.GateTraining(gate_dim=args.gate_dim, num_passes=args.passes, seed=args.seed)
-    shares = head_shares.HeadShares(density=args.density, seed=args.seed)
-    window_choice = WindowChoice(mean_tokens=args.mean_window)
+    shares = head_shares.HeadShares(density=args.density, num_texts=args.head_texts, seed=args.seed)
     if config.gate_dim % 16:
         raise ConfigError(f"the gate's width is {config.gate_dim}", needed="a multiple of 16")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     folder = Path(args.out)
     with open_model(args.model) as files, _shown(folder if args.tensorboard else None) as progress:
-        if files.shape.sliding_window is not None:
+        shape = files.shape
+        if shape.sliding_window is not None:
             raise ConfigError(
                 f"{files.name} has a sliding window", needed="a model whose layers attend to everything before them"
             )
-        longest = extend_positions(files.shape, args.max_position_embeddings).max_position_embeddings
+        longest = extend_positions(shape, args.max_position_embeddings).max_position_embeddings
         lengths = [min(length, longest) for length in args.tokens]
         texts = _texts(files, args.text, args.samples, lengths, args.seed)
-        decoders = _Decoders(files, args.max_position_embeddings)
-        samples = gate_training.make_samples(
-            decoders.of, texts, folder / "samples", config, progress, model=f"{fingerprint(files)} {longest}"
-        )
-        shape = files.shape
-        own = files.shape.max_position_embeddings
+        decoders = _Decoders(files, args.max_position_embeddings, _dtype(args.dtype))
+        own = shape.max_position_embeddings
         short = [text[:own] for text in texts]
-        biases = level_bias.learn_level_biases(
-            decoders.of(own),
-            short,
-            folder / "level_bias.safetensors",
-            level_bias.LevelBiasTraining(seed=args.seed),
-            progress,
-        )
-        gates = gate_training.new_gates(shape, config)
-        gate_training.train_gates(gates, samples, folder / "state.safetensors", config, progress)
-        costs = head_shares.measure_heads(decoders.of(own), short, gates, folder / "heads", shares, progress)
-        factors = head_shares.choose_shares(costs, shares.density)
-        windows = sample_windows(samples, shape, window_choice)
+        if args.gate is not None:
+            trained = _Trained.of_file(Path(args.gate), files)
+        else:
+            trained = _train(args, config, decoders, texts, short, longest, folder, progress)
+        costs = head_shares.measure_heads(decoders.of(own), short, trained.gates, folder / "heads", shares, progress)
         gate_training.save_gates(
-            gates, factors, shape.rope.theta, fingerprint(files), folder / FILE_NAME, windows, level_biases=biases
+            trained.gates,
+            head_shares.choose_shares(costs, shares.density),
+            shape.rope.theta,
+            fingerprint(files),
+            folder / FILE_NAME,
+            trained.windows,
+            level_biases=trained.level_biases,
         )
     print(folder / FILE_NAME)
     return 0
+
+
+def _dtype(name: str) -> torch.dtype:
+    """The dtype of the frozen model: PyTorch's products of bfloat16 are slow without instructions for them."""
+    import torch
+
+    from dseek.hardware.probe import probe
+
+    if name == "auto":
+        name = "bfloat16" if "avx512_bf16" in probe().features else "float32"
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What does not hang on what heads need."""
+
+    gates: torch.nn.ModuleList
+    windows: torch.Tensor | None
+    level_biases: Sequence[torch.Tensor]
+
+    @classmethod
+    def of_file(cls, path: Path, files: ModelFiles) -> _Trained:
+        """Read what a gate's file holds."""
+        import torch
+
+        from dseek.models.gate_file import fingerprint, read_gates
+        from dseek.train.gate_training import gates_of
+
+        stored = read_gates(path, files.shape)
+        if stored.model != fingerprint(files):
+            raise ConfigError(f"{path} was trained for another model than {files.name}")
+        biases = [torch.from_numpy(layer.level_bias) for layer in stored.layers if layer.level_bias is not None]
+        return cls(gates_of(stored), torch.tensor(stored.windows) if stored.windows else None, biases)
+
+
+def _train(
+    args: argparse.Namespace,
+    config: GateTraining,
+    decoders: _Decoders,
+    texts: list[torch.Tensor],
+    short: list[torch.Tensor],
+    longest: int,
+    folder: Path,
+    progress: Progress,
+) -> _Trained:
+    """Make samples and train on them; goes on with what the folder holds."""
+    from dseek.models.gate_file import fingerprint
+    from dseek.models.window_choice import WindowChoice
+    from dseek.train import gate_training, level_bias
+    from dseek.train.sample_windows import sample_windows
+
+    shape = decoders.files.shape
+    samples = gate_training.make_samples(
+        decoders.of, texts, folder / "samples", config, progress, model=f"{fingerprint(decoders.files)} {longest}"
+    )
+    biases = level_bias.learn_level_biases(
+        decoders.of(shape.max_position_embeddings),
+        short,
+        folder / "level_bias.safetensors",
+        level_bias.LevelBiasTraining(seed=args.seed),
+        progress,
+    )
+    gates = gate_training.new_gates(shape, config)
+    gate_training.train_gates(gates, samples, folder / "state.safetensors", config, progress)
+    windows = sample_windows(samples, shape, WindowChoice(mean_tokens=args.mean_window))
+    return _Trained(gates, windows, biases)
 
 
 class _Decoders:
@@ -157,10 +234,11 @@ class _Decoders:
     Args:
         files: the opened model.
         max_position_embeddings: positions of texts that are longer than the model was made for.
+        dtype: of its weights and activations.
     """
 
-    def __init__(self, files: ModelFiles, max_position_embeddings: int | None) -> None:
-        self._files, self._positions = files, max_position_embeddings
+    def __init__(self, files: ModelFiles, max_position_embeddings: int | None, dtype: torch.dtype) -> None:
+        self.files, self._positions, self._dtype = files, max_position_embeddings, dtype
         self._made: dict[bool, Decoder] = {}
 
     def of(self, num_tokens: int) -> Decoder:
@@ -169,20 +247,18 @@ class _Decoders:
         Args:
             num_tokens: length of the text.
         """
-        import torch
-
         from dseek.models.decoder import Decoder
         from dseek.models.long_positions import extend_positions
 
-        own = self._files.shape
+        own = self.files.shape
         extended = num_tokens > own.max_position_embeddings
         if extended not in self._made:
             try:
                 if extended:
-                    self._files.shape = extend_positions(own, self._positions)
-                self._made[extended] = Decoder.from_files(self._files, torch.bfloat16).requires_grad_(False)
+                    self.files.shape = extend_positions(own, self._positions)
+                self._made[extended] = Decoder.from_files(self.files, self._dtype).requires_grad_(False)
             finally:
-                self._files.shape = own
+                self.files.shape = own
         return self._made[extended]
 
 

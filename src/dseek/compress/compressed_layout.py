@@ -12,26 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from dseek.compress.ptq_rounding import Scheme
-
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-"""torch's names to those of safetensors."""
-
-
-def to_bytes(values: torch.Tensor, dtype: str) -> np.ndarray:
-    """Give a tensor's bytes in a floating dtype.
-
-    Args:
-        values: any floating tensor.
-        dtype: float32, float16 or bfloat16.
-
-    Returns:
-        uint8, flat.
-    """
-    narrow = values.detach().to(getattr(torch, dtype)).contiguous().reshape(-1)
-    return narrow.view(torch.uint8).numpy()
 
 
 def pack_words(values: np.ndarray, num_bits: int) -> np.ndarray:

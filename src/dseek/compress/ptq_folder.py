@@ -3,56 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from dseek.compress.compressed_layout import (
-    DTYPES,
-    layout_of,
-    pack_words,
-    pack_zero_points,
-    quantization_config,
-    to_bytes,
-)
-from dseek.compress.folder_config import config_from_shape, write_tokenizer
+from dseek.compress.compressed_layout import layout_of, pack_words, pack_zero_points, quantization_config
 from dseek.compress.ptq import PROJECTIONS, PtqConfig, RoundedLayer, read_layer
-from dseek.compress.safetensors_stream import StreamTensor, write_stream
-from dseek.core.files import atomic_write_text
-from dseek.models.encoding import to_float32
 from dseek.models.files import ModelFiles
-from dseek.models.folder_files import FolderFiles
-
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "generation_config.json",
-    "LICENSE",
-)
-"""Files of a source folder that are copied where they are there."""
-
-
-def default_dtype(files: ModelFiles) -> str:
-    """Choose the dtype of what stays wide: the source's own where it is a 16-bit one, else float32.
-
-    Args:
-        files: the opened model.
-    """
-    encodings = files.encodings()
-    for encoding, dtype in (("BF16", "bfloat16"), ("F16", "float16")):
-        if encodings.get(encoding, 0) * 2 > sum(encodings.values()):
-            return dtype
-    return "float32"
+from dseek.models.folder_writer import DTYPES, to_bytes, wide_tensor, write_model_folder
+from dseek.models.safetensors_writer import StreamTensor
 
 
 def write_folder(files: ModelFiles, config: PtqConfig, dtype: str, work: Path, target: Path) -> None:
@@ -70,15 +30,6 @@ def write_folder(files: ModelFiles, config: PtqConfig, dtype: str, work: Path, t
         OSError: something cannot be written.
     """
     shape = files.shape
-    write_stream(target / "model.safetensors", list(_tensors(files, config, dtype, work)), {"format": "pt"})
-    if isinstance(files, FolderFiles):
-        described = dict(files.config)
-        for name in COPIED:
-            if (files.path / name).is_file():
-                shutil.copyfile(files.path / name, target / name)
-    else:
-        described = config_from_shape(shape)
-        write_tokenizer(files.tokenizer(), shape, target)
     wide = [
         f"model.layers.{layer}.{name}"
         for layer in range(shape.num_layers)
@@ -86,16 +37,14 @@ def write_folder(files: ModelFiles, config: PtqConfig, dtype: str, work: Path, t
         if config.keeps_wide(f"model.layers.{layer}.{name}")
     ]
     act_order = config.method.endswith("gptq") and config.gptq.act_order
-    described.pop("dtype", None)
-    described["torch_dtype"] = dtype
-    described["quantization_config"] = quantization_config(config.scheme, [*wide, "lm_head"], act_order)
-    atomic_write_text(target / "config.json", json.dumps(described, indent=2) + "\n")
+    more = {"quantization_config": quantization_config(config.scheme, [*wide, "lm_head"], act_order)}
+    write_model_folder(files, list(_tensors(files, config, dtype, work)), dtype, target, more)
 
 
 def _tensors(files: ModelFiles, config: PtqConfig, dtype: str, work: Path) -> Iterator[StreamTensor]:
     """All tensors in the order of the file; a layer is read when its first tensor is asked for."""
     shape = files.shape
-    yield _table(files, "model.embed_tokens.weight", dtype)
+    yield wide_tensor(files, "model.embed_tokens.weight", dtype)
 
     @functools.lru_cache(maxsize=1)
     def layer_of(layer: int) -> RoundedLayer:
@@ -110,18 +59,9 @@ def _tensors(files: ModelFiles, config: PtqConfig, dtype: str, work: Path) -> It
                 yield from _integers(name, sizes, layer, layer_of, config, dtype)
             else:
                 yield _wide(name, sizes, layer, layer_of, dtype)
-    yield _table(files, "model.norm.weight", dtype)
+    yield wide_tensor(files, "model.norm.weight", dtype)
     if not shape.tie_word_embeddings:
-        yield _table(files, "lm_head.weight", dtype)
-
-
-def _table(files: ModelFiles, name: str, dtype: str) -> StreamTensor:
-    def make() -> np.ndarray:
-        data = to_bytes(torch.from_numpy(np.array(to_float32(files.tensor(name)))), dtype)
-        files.release()
-        return data
-
-    return StreamTensor(name=name, dtype=DTYPES[dtype], shape=files.tensor_shape(name), make=make)
+        yield wide_tensor(files, "lm_head.weight", dtype)
 
 
 def _wide(

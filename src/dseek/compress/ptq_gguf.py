@@ -1,28 +1,25 @@
 """Writes a rounded model as a GGUF file of Q8_0, Q4_0 or Q4_1, which llama.cpp runs.
 
-A GGUF source keeps its metadata, tokenizer and tables; of a Hugging Face folder the metadata is written anew
-(`gguf_metadata`). Layers are read one at a time, and the tensors' bytes are written as they come.
+A GGUF source keeps its tables too. Layers are read one at a time, and the tensors' bytes are written as they come
+(`dseek.models.gguf_writer`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dseek.compress.gguf_metadata import add_metadata, copy_metadata, extra_tensors
 from dseek.compress.ptq import PROJECTIONS, PtqConfig, read_layer
 from dseek.compress.ptq_rounding import Scheme
 from dseek.core.errors import ConfigError
-from dseek.core.shape import ModelShape
 from dseek.models.encoding import to_float32
 from dseek.models.files import ModelFiles
 from dseek.models.gguf_files import GgufFiles
-from dseek.models.tensor_names import gguf_name, rotated_heads
+from dseek.models.gguf_writer import write_gguf_file
 from dseek.ops.linear.integers import group_integers
-from dseek.ops.tensor import BLOCK_SIZES, EncodedTensor
+from dseek.ops.tensor import EncodedTensor
 
 FILE_TYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_1": 3}
 """llama.cpp's numbers of the file types (`llama_ftype`)."""
@@ -61,34 +58,10 @@ def write_gguf(files: ModelFiles, config: PtqConfig, work: Path, target: Path) -
         UnsupportedModelError: metadata or a tokenizer that cannot be written.
         OSError: it cannot be written.
     """
-    from gguf import GGUFWriter
-
     encoding = encoding_of(config.scheme)
-    architecture = _architecture(files)
-    writer = GGUFWriter(str(target), architecture)
-    if isinstance(files, GgufFiles):
-        copy_metadata(writer, files.path)
-    else:
-        add_metadata(writer, files)
-    extra = extra_tensors(files.shape)
-    writer.add_file_type(FILE_TYPES[encoding])
-    writer.add_quantization_version(2)
-    # The header names every tensor before the first byte of one: sizes come from the shapes alone.
     wide = {name for name in files.tensor_names() if not _is_rounded(name, config)}
-    for name in files.tensor_names():
-        kind = _wide_encoding(files, name) if name in wide else encoding
-        _announce(writer, gguf_name(name), files.tensor_shape(name), kind)
-    for name, values in extra:
-        _announce(writer, name, values.shape, "F32")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in _in_order(files, config, work, wide):
-        heads = rotated_heads(tensor.name, files.shape) if architecture == "llama" else None
-        writer.write_tensor_data(_pairs(tensor, heads, files.shape) if heads is not None else tensor.data)
-    for _, values in extra:
-        writer.write_tensor_data(values.view(np.uint8))
-    writer.close()
+    encodings = {name: _wide_encoding(files, name) if name in wide else encoding for name in files.tensor_names()}
+    write_gguf_file(files, encodings, _in_order(files, config, work, wide), target, file_type=FILE_TYPES[encoding])
 
 
 def _is_rounded(name: str, config: PtqConfig) -> bool:
@@ -145,27 +118,3 @@ def _table(files: ModelFiles, name: str) -> EncodedTensor:
 
     data = np.ascontiguousarray(quants.quantize(values, GGMLQuantizationType[encoding]))
     return EncodedTensor(name, tensor.shape, encoding, data.reshape(-1))
-
-
-def _announce(writer: Any, name: str, shape: tuple[int, ...], encoding: str) -> None:
-    from gguf import GGMLQuantizationType
-
-    elements, num_bytes = BLOCK_SIZES[encoding]
-    row_bytes = shape[-1] // elements * num_bytes
-    count = int(np.prod(shape[:-1], dtype=np.int64)) * row_bytes
-    byte_shape = (*shape[:-1], row_bytes)
-    writer.add_tensor_info(name, byte_shape, np.dtype(np.uint8), count, raw_dtype=GGMLQuantizationType[encoding])
-
-
-def _pairs(tensor: EncodedTensor, heads: int, shape: ModelShape) -> np.ndarray:
-    """Rows of q or k in the order that llama.cpp rotates: [head, half, pair] -> [head, pair, half]."""
-    elements, num_bytes = BLOCK_SIZES[tensor.encoding]
-    row_bytes = tensor.shape[1] // elements * num_bytes if len(tensor.shape) == 2 else num_bytes
-    rows = tensor.data.reshape(heads, 2, shape.head_dim // 2, row_bytes)
-    return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(-1)
-
-
-def _architecture(files: ModelFiles) -> str:
-    if isinstance(files, GgufFiles):
-        return str(files.metadata["general.architecture"])
-    return "llama" if files.shape.family in ("llama", "mistral") else files.shape.family

@@ -181,6 +181,22 @@ def new_gates(shape: ModelShape, config: GateTraining) -> torch.nn.ModuleList:
     )
 
 
+def gates_of(stored: gate_file.Gates) -> torch.nn.ModuleList:
+    """Make modules of gates that were read from a file, in float32.
+
+    Args:
+        stored: the file's.
+    """
+    made = torch.nn.ModuleList()
+    for layer in stored.layers:
+        num_heads, head_dim, gate_dim = layer.query.shape
+        num_levels, num_groups = layer.key.shape[:2]
+        gate = Gate(num_heads, num_groups, head_dim, gate_dim=gate_dim, num_levels=num_levels, theta=stored.theta)
+        gate.load_state_dict({part: torch.from_numpy(getattr(layer, part)) for part in gate_file.LEARNED_PARTS})
+        made.append(gate)
+    return made
+
+
 def gate_loss(gate: Gate, sample: LayerSample, config: GateTraining) -> torch.Tensor:
     """Mean divergence of one layer's expected shares from the true ones, over levels, rows and heads.
 

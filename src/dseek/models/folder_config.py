@@ -106,7 +106,7 @@ def _llama3_scaling(shape: ModelShape) -> dict[str, Any]:
     raise UnsupportedModelError(
         "the file's rotary frequencies have divisors of their own",
         needed="those of Llama 3.1 or 3.2",
-        remedy="quantise the Hugging Face folder of the model, or write --format gguf",
+        remedy="take the Hugging Face folder of the model as the source, or write --format gguf",
     )
 
 
