@@ -92,6 +92,13 @@ VARIABLES: dict[str, Variable] = {
             default=lambda _: None,
         ),
         _choice("DSEEK_KERNELS", "kernel variant; torch runs without the native kernels", KERNEL_VARIANTS, "auto"),
+        Variable(
+            name="DSEEK_LEASE",
+            summary="file in which a supervised training process counts its steps; the supervisor sets it",
+            expected="a file's path",
+            parse=_parse_path,
+            default=lambda _: None,
+        ),
         _choice("DSEEK_TRANSPORT", "how ranks of the dseek process group are connected", TRANSPORTS, "auto"),
     )
 }
@@ -104,6 +111,8 @@ def get(name: Literal["DSEEK_LOG_LEVEL", "DSEEK_PRECISION_MODE", "DSEEK_KERNELS"
 def get(name: Literal["DSEEK_CACHE_DIR"]) -> Path: ...
 @overload
 def get(name: Literal["DSEEK_NUM_THREADS"]) -> int | None: ...
+@overload
+def get(name: Literal["DSEEK_LEASE"]) -> Path | None: ...
 def get(name: str) -> Value:
     """Return the checked value of a `DSEEK_*` variable, or its default.
 

@@ -281,14 +281,15 @@ const Announcement& Segment::announcement_of(int rank) const { return line(rank)
 void Segment::compare_announcements() {
     const Announcement& own = announcement_of(rank_);
     for (int rank = 0; rank < world_size_; ++rank) {
-        // Who gave up after it had come would leave the others to find out at the next call.
-        if (line(rank).is_broken.load()) fail("rank " + std::to_string(rank) + " gave up");
         const Announcement& other = announcement_of(rank);
         if (other.sequence != own.sequence || other.operation != own.operation || other.element != own.element ||
             other.reduction != own.reduction || other.root != own.root || other.num_bytes != own.num_bytes) {
             fail("rank " + std::to_string(rank_) + " calls " + described(own) + " where rank " + std::to_string(rank) +
                  " calls " + described(other));
         }
+    }    // Who gave up after it had come would leave the others to find out at the next call.
+    for (int rank = 0; rank < world_size_; ++rank) {
+        if (line(rank).is_broken.load()) fail("rank " + std::to_string(rank) + " gave up");
     }
 }
 
