@@ -111,7 +111,7 @@ def test_every_variant_reduces_as_the_reference_does(variant: str, dtype: torch.
     for name in names:
         if dtype.is_floating_point and name in ("band", "bor", "bxor"):
             continue
-        for num_ranks, size in ((1, 5), (2, 515), (5, 1031)):
+        for num_ranks, size in ((1, 5), (5, 1031)):
             # An element beyond the first, so that nothing is aligned to more than its own size.
             sources = [x[1:] for x in scenarios.values(num_ranks, size + 1, dtype, seed=size)]
             if dtype.is_floating_point:

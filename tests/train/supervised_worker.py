@@ -25,15 +25,15 @@ def train(folder: Path, num_steps: int, given: list[faults.Fault], run: str, sta
     rank, world_size, lease = dist.get_rank(), dist.get_world_size(), Lease()
     torch.manual_seed(7)
     model = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.1), nn.GELU(), nn.Linear(16, 3))
-    replicated = nn.parallel.DistributedDataParallel(model)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
+    # Momentum by hand: PyTorch's optimisers and DDP import a compiler first, which takes longer than all the rest.
+    momentum = {name: torch.zeros_like(weight) for name, weight in model.named_parameters()}
     torch.manual_seed(100 + rank)
     first = 0
     checkpoint = newest(folder / "checkpoints")
     if checkpoint is not None:
         state = checkpoint.state()
         model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimizer"])
+        momentum = state["momentum"]
         torch.set_rng_state(checkpoint.private(rank)["rng"])
         first = state["step"]
     config = CheckpointConfig(folder=folder / "checkpoints", keep_last=2)
@@ -42,10 +42,14 @@ def train(folder: Path, num_steps: int, given: list[faults.Fault], run: str, sta
         lease.renew(step)
         faults.strike(given, rank=rank, step=step, start=start)
         x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step * world_size + rank))
-        optimiser.zero_grad()
-        replicated(x).square().mean().backward()
-        optimiser.step()
-        state = {"model": model.state_dict(), "optimizer": optimiser.state_dict(), "step": step + 1}
+        loss = model(x).square().mean()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for (name, weight), gradient in zip(model.named_parameters(), gradients, strict=True):
+                dist.all_reduce(gradient, dist.ReduceOp.AVG)
+                momentum[name].mul_(0.9).add_(gradient)
+                weight.sub_(0.1 * momentum[name])
+        state = {"model": model.state_dict(), "momentum": momentum, "step": step + 1}
         writer.save(step + 1, state, private={"rng": torch.get_rng_state()}).wait()
     writer.close()
     dist.barrier()

@@ -71,14 +71,16 @@ def leaf_of(name: str, tensor: torch.Tensor) -> Leaf:
     Raises:
         ConfigError: it is a DTensor of partial sums, or of a dtype that manifests do not know.
     """
+    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+        raise ConfigError(f"{name} has elements of {tensor.dtype}", needed=", ".join(DTYPES))
+    # Importing DTensors takes a second; where nobody has, there are none.
+    if type(tensor).__name__ != "DTensor":
+        shape = tuple(tensor.shape)
+        return Leaf(name=name, local=tensor.detach(), shape=shape, offset=(0,) * len(shape), is_replica=True)
     from torch.distributed.tensor import DTensor, Partial
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
-        raise ConfigError(f"{name} has elements of {tensor.dtype}", needed=", ".join(DTYPES))
-    if not isinstance(tensor, DTensor):
-        shape = tuple(tensor.shape)
-        return Leaf(name=name, local=tensor.detach(), shape=shape, offset=(0,) * len(shape), is_replica=True)
+    assert isinstance(tensor, DTensor)
     if any(isinstance(placement, Partial) for placement in tensor.placements):
         raise ConfigError(f"{name} is a sum that was not taken yet", remedy="redistribute it before saving")
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
