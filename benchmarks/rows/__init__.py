@@ -357,6 +357,33 @@ _ALL = (
         place="serving:hostile",
         quick=True,
     ),
+    Row(
+        name="sync",
+        claim="All-reduce of float32 between processes of one host, 64 MiB and 1 MiB, 2 and 4 processes; peer gloo; "
+        "the ratio is the smallest of the four",
+        place="transport:sync",
+        min_ratio=2.0,
+        quick=True,
+    ),
+    Row(
+        name="handover",
+        claim="Broadcast of 256 MiB between two processes of one host; peer gloo",
+        place="transport:handover",
+        min_ratio=2.0,
+        quick=True,
+    ),
+    Row(
+        name="snapshot",
+        claim="Stall of a training that saves 256 MiB; peer torch.distributed.checkpoint.async_save",
+        place="checkpoints:snapshot",
+        quick=True,
+    ),
+    Row(
+        name="recovery",
+        claim="From the kill of one of two processes to the next step, bit-equal afterwards; peer torchrun",
+        place="checkpoints:recovery",
+        quick=True,
+    ),
 )
 
 ROWS: dict[str, Row] = {row.name: row for row in _ALL}

@@ -37,6 +37,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("dseek.cli.export", "write a model as a Hugging Face folder or a GGUF file"),
     "translate": ("dseek.cli.translate", "translate lines of text with an encoder-decoder"),
     "train": ("dseek.cli.train", "pretrain or fine-tune a model as a TOML file says"),
+    "checkpoint": ("dseek.cli.checkpoint", "list, verify, restore or clean up a training's checkpoints"),
     "train-gate": ("dseek.cli.train_gate", "train the gate that chooses blocks for dynamic attention"),
 }
 """Verb: its module and the line that `dseek --help` shows (the module's `HELP` says the same)."""
