@@ -117,10 +117,10 @@ def limit_tokens_s(training: Ready) -> float | None:
     Returns:
         The limit, or None where this machine was not measured (`dseek doctor`) or a device of CUDA computes.
     """
-    from dseek.hardware.store import load_kept
+    from dseek.hardware.store import kept_machine
     from dseek.plan.training import train_flops_per_token
 
-    machine = load_kept() if training.processes.device.type == "cpu" else None
+    machine = kept_machine() if training.processes.device.type == "cpu" else None
     dtype = "bf16" if training.config.bf16 else "fp32"
     rates = [rate.gflops for rate in machine.gemm if rate.dtype == dtype] if machine is not None else []
     return max(rates) * 1e9 / train_flops_per_token(training.choice.work) if rates else None
