@@ -65,19 +65,18 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        learned = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for parameter, _ in learned:  # all at once: among the temporaries of an update they would tear memory into bits
+            if not self.state[parameter]:
+                self.state[parameter] = {"step": torch.zeros(()), **_new_moments(local(parameter).view(-1))}
+        for parameter, group in learned:
+            self._update(parameter, group)
         return loss
 
     def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         values = local(parameter).view(-1)
         gradient = local(parameter.grad).reshape(-1) if parameter.grad is not None else values
         state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros(())
-            state |= _new_moments(values)
         state["step"] += 1
         (beta1, beta2), step = group["betas"], float(state["step"])
         rate = group["lr"] / (1.0 - beta1**step)
