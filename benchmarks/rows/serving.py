@@ -39,7 +39,7 @@ FIRST_TOKEN_BAR_S = 2.0
 CROWDED_PAGES = 40
 """Pages of 64 tokens for eight streams that may want 16 each."""
 
-GROWTH_BAR = 0.05
+GROWTH_BAR = 0.02
 """Growth of resident memory that a soak may show after its first tenth."""
 
 
