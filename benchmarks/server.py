@@ -87,12 +87,13 @@ class BenchServer:
             return await asyncio.gather(*map(one, range(len(bodies))))
 
 
-async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> Answered:
+async def stream(client: httpx.AsyncClient, body: dict[str, Any], answered: Answered | None = None) -> Answered:
     """Stream one completion.
 
     Args:
         client: of the server.
         body: the request.
+        answered: is filled as pieces come; None makes one.
 
     Returns:
         The answer.
@@ -101,7 +102,8 @@ async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> Answered:
         BenchmarkError: the server refuses it or fails.
     """
     options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    answered = Answered(sent_s=time.perf_counter())
+    answered = answered or Answered()
+    answered.sent_s = time.perf_counter()
     async with client.stream("POST", "/v1/completions", json={**body, **options}) as response:
         if response.status_code != 200:
             raise BenchmarkError(f"the server answered {response.status_code}: {await response.aread()!r}")
