@@ -21,6 +21,7 @@ class DseekWorker(Worker):
     """Options are keyword arguments of `dseek.load`: precision, batch and so on; attention is dense unless they say."""
 
     llm: LLM
+    decoder: Any = None
 
     def load(self, path: str, threads: int, context_tokens: int, options: dict[str, Any] | None = None) -> Answer:
         """See `worker`."""
@@ -155,6 +156,36 @@ class DseekWorker(Worker):
                 losses.extend(row_losses)
                 best.extend(row_best)
         return {"losses": losses, "best": best}
+
+    def generate_profiled(self, token_ids: list[int], num_tokens: int) -> Answer:
+        """`generate` under the profiler, its timeline included; beside that what the profile counted."""
+        from dseek.profiler import ProfileSession
+
+        with ProfileSession(use_torch=False) as session:
+            answer = self.generate(token_ids, num_tokens)
+        found = session.result
+        return {**answer, "operators": len(found.operators), "flops": found.flops, "wall_s": found.wall_s}
+
+    def module_forward(self, token_ids: list[int], profiled: bool) -> Answer:
+        """Run the PyTorch module once, under the profiler or not.
+
+        Returns:
+            `seconds` of the pass, and `best`, the likeliest token after each.
+        """
+        import contextlib
+
+        import torch
+
+        from dseek.profiler import ProfileSession
+
+        if self.decoder is None:
+            self.decoder = self.llm.module().eval()
+        ids = torch.tensor([token_ids])
+        with torch.inference_mode(), ProfileSession(use_torch=True) if profiled else contextlib.nullcontext():
+            started = time.perf_counter()
+            logits = self.decoder(ids)
+            seconds = time.perf_counter() - started
+        return {"seconds": seconds, "best": logits[0].argmax(dim=1).tolist()}
 
     def watch(self) -> Answer:
         """From now on remember where a sequence lies, for `skipped`.

@@ -256,6 +256,37 @@ _ALL = (
         quick=True,
     ),
     Row(
+        name="profiler-overhead",
+        claim="Time that profiling adds, the largest of native prefill and decode (SmolLM2-135M, int8, 512 and 128 "
+        "tokens) and a pass of the PyTorch module; bar 5 %",
+        place="profiler:profiler_overhead",
+        quick=True,
+    ),
+    Row(
+        name="plan-what-if",
+        claim="Largest error of parameters and operations counted from configurations (Llama 2 and 3, Qwen3, "
+        "DeepSeek-V3, GPT-3) against published figures, bar 2 %; fronts of 1.1B here in 2 s and 671B on 8 A100 in 10 s",
+        place="planning:plan_what_if",
+        quick=True,
+    ),
+    Row(
+        name="plan-time",
+        claim="Median error of predicted prefill and decode, four models (two of odd shape), five precisions, prompts "
+        "of 128 to 8192, batches of 1 to 32; bar 15 %",
+        place="planning:plan_time",
+    ),
+    Row(
+        name="plan-memory",
+        claim="Median error of predicted peak memory over the loads of plan-time; bar 15 %",
+        place="planning:plan_memory",
+    ),
+    Row(
+        name="plan-pick",
+        claim="Mean time lost by the precision of least predicted time against the fastest measured, points of "
+        "plan-time; bar 5 %",
+        place="planning:plan_pick",
+    ),
+    Row(
         name="mixed-plan-loss",
         claim="Worst factor between the loss that plans from a calibration foresee and the one they have, SmolLM2-135M "
         "off its 4-bit grid, budgets 1 to 10 %, held-out Python source; bar 1.5",
@@ -324,6 +355,33 @@ _ALL = (
         claim="Of 10,000 hostile requests, those that are answered with an error of the usual form, while plain ones "
         "are answered as before",
         place="serving:hostile",
+        quick=True,
+    ),
+    Row(
+        name="sync",
+        claim="All-reduce of float32 between processes of one host, 64 MiB and 1 MiB, 2 and 4 processes; peer gloo; "
+        "the ratio is the smallest of the four",
+        place="transport:sync",
+        min_ratio=2.0,
+        quick=True,
+    ),
+    Row(
+        name="handover",
+        claim="Broadcast of 256 MiB between two processes of one host; peer gloo",
+        place="transport:handover",
+        min_ratio=2.0,
+        quick=True,
+    ),
+    Row(
+        name="snapshot",
+        claim="Stall of a training that saves 256 MiB; peer torch.distributed.checkpoint.async_save",
+        place="checkpoints:snapshot",
+        quick=True,
+    ),
+    Row(
+        name="recovery",
+        claim="From the kill of one of two processes to the next step, bit-equal afterwards; peer torchrun",
+        place="checkpoints:recovery",
         quick=True,
     ),
 )

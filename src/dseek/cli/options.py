@@ -368,6 +368,7 @@ def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overr
         DseekError: the model, the plan or an option is unusable.
     """
     from dseek.cli.measuring import measured_machine, shown_calibration
+    from dseek.cli.past import corrected_machine
     from dseek.engine.llm import load
 
     options: dict[str, Any] = {
@@ -385,6 +386,6 @@ def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overr
     options.update(overrides)
     # Where several ranks run, the first one plans for all.
     if options["plan"] is None and (options["shard_strategy"] is None or is_first(ranks_from(args))):
-        options["machine"] = measured_machine()
+        options["machine"] = corrected_machine(measured_machine(), ignore=getattr(args, "no_history", False))
     with shown_calibration():
         return load(args.model if files is None else files, **options)

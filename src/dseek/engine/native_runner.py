@@ -12,6 +12,7 @@ from dseek.core.attention_pattern import num_levels
 from dseek.core.errors import ConfigError
 from dseek.engine.activation_guard import ActivationGuard
 from dseek.engine.batch import Batch
+from dseek.engine.decoder_clocks import DecoderClocks
 from dseek.engine.planned_gates import planned_gates
 from dseek.engine.runner import Runner
 from dseek.models.encoding import to_float32
@@ -55,6 +56,8 @@ class NativeRunner(Runner):
         self._decoder: Any | None = _build(compiled, files, plan)
         self._decoder.allocate_cache(plan.num_pages)
         self._files = files
+        self._plan = plan
+        self._clocks = DecoderClocks()
         self._widened: set[int] = set()
         if plan.activation_limits:
             self.guard = ActivationGuard(plan.activation_limits)
@@ -115,9 +118,9 @@ class NativeRunner(Runner):
 
     def _forward(self, batch: Batch, **options: Any) -> np.ndarray:
         assert self._decoder is not None, "the runner is closed"
-        logits: np.ndarray = self._decoder.forward(
-            batch.token_ids, batch.positions, batch.row_starts, batch.page_tables, batch.logit_rows, **options
-        )
+        arrays = (batch.token_ids, batch.positions, batch.row_starts, batch.page_tables, batch.logit_rows)
+        with self._clocks.watching(self._decoder, self._plan, batch):
+            logits: np.ndarray = self._decoder.forward(*arrays, **options)
         return logits
 
     def _within_limits(

@@ -7,12 +7,16 @@ A runner owns the weights and the paged key/value cache. The engine owns which p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dseek.core.errors import ConfigError
 from dseek.engine.activation_guard import ActivationGuard
 from dseek.engine.batch import Batch
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Runner(ABC):
@@ -66,3 +70,13 @@ class Runner(ABC):
     @abstractmethod
     def close(self) -> None:
         """Free the weights and the cache; the runner is of no use afterwards. May be called twice."""
+
+
+def torch_modules(runner: Runner) -> tuple[torch.nn.Module, ...]:
+    """Return the PyTorch modules that a runner computes with; none where it uses the native kernels.
+
+    Args:
+        runner: not closed.
+    """
+    decoder = getattr(runner, "decoder", None)
+    return () if decoder is None else (decoder,)

@@ -150,6 +150,11 @@ class TorchRunner(Runner):
         normed: torch.Tensor = model.norm(x_RD[self._tensor(batch.logit_rows)])
         return normed
 
+    @property
+    def decoder(self) -> Decoder | None:
+        """The modules that compute, for whoever looks at a run; None once the runner is closed."""
+        return self._decoder
+
     def close(self) -> None:
         """Free the weights and the cache."""
         self._decoder = None

@@ -4,8 +4,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -21,6 +23,13 @@ namespace dseek {
 namespace {
 
 constexpr double kMostShareFactor = 1024.;
+constexpr size_t kMostStretches = 1u << 20;
+
+// In the order of `Operator`.
+constexpr const char* kOperatorNames[] = {
+    "embed",         "qkv_input", "qkv",        "cache", "select",   "attention", "output_input", "output",
+    "gate_up_input", "gate_up",   "down_input", "down",  "exchange", "wait",      "head_input",   "head"};
+static_assert(std::size(kOperatorNames) == kNumOperators);
 
 // New positions of whole sequences, [sequences, 2], and their page tables.
 using Wholes = std::tuple<Input<int32_t, 2>, Input<int32_t, 2>>;
@@ -183,6 +192,41 @@ public:
                           {static_cast<int64_t>(stride), 1});
     }
 
+    void set_timing(bool on, size_t most_stretches) {
+        require(most_stretches <= kMostStretches, "too many stretches of time to keep");
+        const auto lock = hold();
+        decoder_.set_timing(on, most_stretches);
+    }
+
+    // Nanoseconds of the last run [threads, layers + 1, operators]; for each thread its stretches [n, 5] (begin, end,
+    // waited, layer, operator); how many stretches found no room.
+    nb::tuple timings() {
+        const auto lock = hold();
+        const std::vector<const OperatorClock*> clocks = decoder_.clocks();
+        const size_t layers = static_cast<size_t>(decoder_.shape().num_layers) + 1, row = layers * kNumOperators;
+        // An array of no threads still needs memory to point to.
+        Pages counts(std::max<size_t>(1, clocks.size()) * row * sizeof(int64_t));
+        nb::list stretches;
+        size_t lost = 0;
+        for (size_t i = 0; i < clocks.size(); ++i) {
+            std::memcpy(counts.as<int64_t>() + i * row, clocks[i]->ns().data(), row * sizeof(int64_t));
+            const size_t count = clocks[i]->num_stretches();
+            Pages kept(std::max<size_t>(1, count) * 5 * sizeof(int64_t));
+            for (size_t j = 0; j < count; ++j) {
+                const Stretch& from = clocks[i]->stretches()[j];
+                int64_t* to = kept.as<int64_t>() + 5 * j;
+                to[0] = from.begin_ns, to[1] = from.end_ns, to[2] = from.waited_ns;
+                to[3] = from.layer, to[4] = from.operator_idx;
+            }
+            stretches.append(own<int64_t>(std::move(kept), {count, 5}, {5, 1}));
+            lost += clocks[i]->num_lost();
+        }
+        const int64_t operators = kNumOperators;
+        return nb::make_tuple(own<int64_t>(std::move(counts), {clocks.size(), layers, static_cast<size_t>(operators)},
+                                           {static_cast<int64_t>(row), operators, 1}),
+                              stretches, lost);
+    }
+
     Output<float> run_blocks(const Input<float, 2>& x, const Input<int32_t, 1>& positions,
                              const Input<int32_t, 1>& row_starts, const Input<int32_t, 2>& page_tables, int block_begin,
                              int block_end) {
@@ -326,6 +370,14 @@ void bind_decoder(nb::module_& module) {
         .def("allocate_cache", &OwningDecoder::allocate_cache, "num_pages"_a)
         .def("forward", &OwningDecoder::forward, "token_ids"_a, "positions"_a, "row_starts"_a, "page_tables"_a,
              "logit_rows"_a, "exchange"_a = nb::none(), "wholes"_a = nb::none(), "hidden"_a = false)
+        .def("set_timing", &OwningDecoder::set_timing, "on"_a, "most_stretches"_a = 0)
+        .def("timings", &OwningDecoder::timings)
+        .def_prop_ro_static("operator_names",
+                            [](nb::handle) {
+                                nb::list names;
+                                for (const char* name : kOperatorNames) names.append(name);
+                                return names;
+                            })
         .def("cache_pages", &OwningDecoder::cache_pages)
         .def("selections", &OwningDecoder::selections)
         .def("run_blocks", &OwningDecoder::run_blocks, "x"_a, "positions"_a, "row_starts"_a, "page_tables"_a,

@@ -333,15 +333,18 @@ void Decoder::forward(const Batch& batch, float* out, const Exchange& exchange) 
     reserve(batch.num_rows, batch.num_logit_rows, team_->size());
     residual_ = x_.as<float>();
     const bool needed_only = batch.num_logit_rows * 2 <= batch.num_rows;
+    const int64_t began = arm_clocks();
     for (int slot = 0; slot < ThreadPool::kCounters; ++slot) team_->reset_counter(slot);
     team_->run([&](int thread_idx) {
+        workers_[thread_idx].clock.begin(began);
         const int threads = team_->size();
         const int begin = batch.num_rows * thread_idx / threads, end = batch.num_rows * (thread_idx + 1) / threads;
         const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
         for (int row = begin; row < end; ++row) {
             table_->unpack_channel(embedding_, batch.token_ids[row], residual_ + row * stride);
         }
-        team_->barrier();
+        meet(thread_idx);
+        mark(thread_idx, shape_.num_layers, Operator::embed);
         int stage = 0;
         if (by_rows_) run_in_rows(batch, thread_idx, 0, shape_.num_layers, needed_only, stage);
         else run_in_channels(batch, thread_idx, 0, shape_.num_layers, needed_only, stage);
@@ -366,8 +369,10 @@ void Decoder::run_blocks(const Batch& batch, int block_begin, int block_end, flo
     plan(batch);
     reserve(batch.num_rows, batch.num_logit_rows, team_->size());
     residual_ = x;
+    const int64_t began = arm_clocks();
     for (int slot = 0; slot < ThreadPool::kCounters; ++slot) team_->reset_counter(slot);
     team_->run([&](int thread_idx) {
+        workers_[thread_idx].clock.begin(began);
         int stage = 0;
         if (by_rows_) run_in_rows(batch, thread_idx, block_begin, block_end, false, stage);
         else run_in_channels(batch, thread_idx, block_begin, block_end, false, stage);

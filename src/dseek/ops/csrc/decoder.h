@@ -13,6 +13,7 @@
 #include "common/kernels.h"
 #include "common/row_buffer.h"
 #include "common/thread_pool.h"
+#include "operator_clock.h"
 #include "pyramid.h"
 
 namespace dseek {
@@ -108,6 +109,11 @@ public:
     void set_wide(int layer, const Linear& qkv, const Linear& output, const Linear& gate_up, const Linear& down);
     void swap_wide(int layer);
 
+    // Whether runs are timed by layer and operator, and how many stretches of each thread's time are kept at most.
+    void set_timing(bool on, size_t most_stretches);
+    // Clocks of the last run, one a thread.
+    std::vector<const OperatorClock*> clocks() const;
+
     // Writes logits [num_logit_rows][logit_stride()], or, where `batch.wants_hidden`, what the head would see of these
     // rows, [num_logit_rows][hidden_stride()]: the last block's output after the final norm. Throws
     // std::invalid_argument for ids, positions or pages out of range; the cache is then as before. What `exchange`
@@ -138,6 +144,7 @@ private:
         Pages hidden;  // float [block rows][F padded]
         Pages query;  // float [heads of a group][d]
         SelectionRoom selection;
+        OperatorClock clock;
     };
 
     enum Role { kQkv, kOutput, kGateUp, kDown };
@@ -181,6 +188,7 @@ private:
     void watch(const BlockWeights& block, Role role, const Rows& rows, int num_rows);
     void check_block(const BlockWeights& block) const;
     void check_layer(int layer) const;
+    int index_of(const BlockWeights& block) const { return static_cast<int>(&block - blocks_.data()); }
     void rotate_row(const Batch& batch, const BlockWeights& block, int row);
     void store_rows(const Batch& batch, int layer, int begin, int end);
     void attend(const Batch& batch, const BlockWeights& block, int layer, const AttentionTask& task, Worker& worker);
@@ -191,6 +199,19 @@ private:
                             bool merge, int thread_idx);
     void multiply_claimed(const Linear& weight, const Rows& rows, int num_rows, Epilogue epilogue, const float* bias,
                           float* out, size_t out_stride, int thread_idx, int& stage);
+
+    // The team's meeting, with the time that the thread waits for it on its clock.
+    void meet(int thread_idx) {
+        OperatorClock& clock = workers_[thread_idx].clock;
+        if (!clock.on()) return team_->barrier();
+        const int64_t arrived = OperatorClock::now();
+        team_->barrier();
+        clock.add_wait(OperatorClock::now() - arrived);
+    }
+    // Gives the time since the thread's last mark to an operator.
+    void mark(int thread_idx, int layer, Operator done) { workers_[thread_idx].clock.mark(layer, done); }
+    // Makes the clocks ready for a run and says when it began.
+    int64_t arm_clocks();
 
     // Shares out [0, count) over the team, first come first served. Two stages in a row have a meeting between them.
     // Counters rotate: the one after next is cleared here, two meetings after its last use and two before its next.
@@ -224,6 +245,8 @@ private:
     int capacity_ = 0, task_capacity_ = 0, shared_capacity_ = 0;  // rows
     const KernelTable* sized_for_ = nullptr;  // whose kinds of rows the last two are for; null after new weights
     int threads_ready_ = 0;
+    bool timing_ = false;
+    size_t most_stretches_ = 0;  // of a thread
     size_t qkv_stride_ = 0, hidden_stride_ = 0;
     Pages x_, qkv_, attended_, hidden_, needed_x_, needed_attended_;
     float* residual_ = nullptr;  // x in use: ours, or the caller's

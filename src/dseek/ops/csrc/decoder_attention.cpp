@@ -176,8 +176,9 @@ void Decoder::seal_blocks(int layer, int thread_idx, int& stage) {
             pyramid_.seal({cache_.data() + layout_.offset(0, layer, g), fresh.pages, layer, g}, fresh.block - 1, level,
                           patterns_[layer].gate);
         });
-        team_->barrier();
+        meet(thread_idx);
     }
+    mark(thread_idx, layer, Operator::select);
 }
 
 void Decoder::choose_blocks(const Batch& batch, int layer, const AttentionTask& task, Worker& worker,
