@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import subprocess
 import sys
@@ -139,11 +138,9 @@ def serving(model: str, *, options: Sequence[str]) -> Iterator[BenchServer]:
     log_path = work_dir() / "logs" / "serve.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "dseek.cli.main", "serve", model, "--port", "0"]
-    command += ["--max-concurrent", "100000", *options]
+    command += ["--max-concurrent", "100000", "--no-log-requests", *options]
     with log_path.open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "DSEEK_LOG_LEVEL": "warning"}
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
         found = re.search(r"is served at (\S+)", process.stdout.readline())

@@ -42,6 +42,7 @@ def bind(config: ServeConfig) -> socket.socket:
         ConfigError: it is taken, not ours, or not to be found.
     """
     place = config.uds or f"{config.host} port {config.port}"
+    made: socket.socket | None = None
     try:
         if config.uds is not None:
             made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -54,6 +55,8 @@ def bind(config: ServeConfig) -> socket.socket:
         made.bind(address)
         return made
     except OSError as error:
+        if made is not None:
+            made.close()
         raise ConfigError(
             f"the server cannot listen on {place}: {error.strerror or error}",
             remedy="take another --port (0 takes a free one) or --host",
