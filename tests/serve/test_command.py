@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import io
 import socket
+from pathlib import Path
 
 import pytest
 
 from dseek.cli.main import build_parser, main
 from dseek.cli.serve_workers import command
+from dseek.core.errors import ConfigError
 from dseek.serve.auth import KeyRing
+from dseek.serve.config import ServeConfig
+from dseek.serve.run import bind
 
 
 def test_a_key_is_hashed_and_never_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,6 +62,19 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(capsys: pytest.
         taken.listen()
         assert main(["serve", "no-such-model", "--port", str(taken.getsockname()[1])]) == 2
     assert "--port" in capsys.readouterr().err
+
+
+def test_a_socket_that_a_dead_server_left_is_replaced(tmp_path: Path) -> None:
+    path = str(tmp_path / "server.sock")
+    config = ServeConfig(model_names=("m",), uds=path)
+    bind(config).close()
+    with bind(config) as living:
+        living.listen()
+        with pytest.raises(ConfigError, match="cannot listen"):
+            bind(config)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="cannot listen"):
+        bind(ServeConfig(model_names=("m",), uds=str(tmp_path / "file")))
 
 
 def test_workers_are_started_with_what_was_said_of_the_model() -> None:
