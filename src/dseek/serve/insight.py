@@ -33,8 +33,9 @@ def plan_words(llm: LLM) -> dict[str, Any]:
     """
     plan = llm.plan
     predicted = plan.predicted
+    kernels = "PyTorch" if plan.kernels == "torch" else "the native kernels"
     words = (
-        f"{llm.files.name} runs in {plan.precision} on {'PyTorch' if plan.kernels == 'torch' else 'the native kernels'}, "
+        f"{llm.files.name} runs in {plan.precision} on {kernels}, "
         f"{plan.num_threads} thread{'s' if plan.num_threads > 1 else ''}; "
         f"{plan.max_batch} answers at a time share a cache of {size_text(predicted.cache_bytes)}."
     )
