@@ -30,10 +30,11 @@ WORKERS = {
     "limits": "benchmarks.peers.limits_worker",
     "training": "benchmarks.peers.training_worker",
     "shards": "benchmarks.peers.shards_worker",
+    "finetune": "benchmarks.peers.finetune_worker",
 }
 """Module that serves each engine."""
 
-OWN = ("dseek", "transformers", "limits", "training", "shards")
+OWN = ("dseek", "transformers", "limits", "training", "shards", "finetune")
 """Workers that run in the project's own environment."""
 
 VARIABLES = {

@@ -182,6 +182,28 @@ ALL = (
         quick=True,
     ),
     Row(
+        name="finetune-memory",
+        claim="Peak memory of fine-tuning all weights, SmolLM2-135M, fp32, 4 rows of 1,024 tokens, blocks computed "
+        "twice; peer transformers Trainer with the same settings; ratio of peaks",
+        place="finetune:finetune_memory",
+        min_ratio=1.2,
+        quick=True,
+    ),
+    Row(
+        name="finetune-speed",
+        claim="A step of fine-tuning all weights, SmolLM2-135M, fp32, 4 rows of 512 tokens; peer transformers Trainer "
+        "with the same settings",
+        place="finetune:finetune_speed",
+        quick=True,
+    ),
+    Row(
+        name="plan-train-memory",
+        claim="Largest error of the predicted peak memory of a training, full and LoRA, with blocks computed twice, "
+        "moments in 8 bits and on disk; bar 10 %",
+        place="finetune:plan_train_memory",
+        quick=True,
+    ),
+    Row(
         name="profiler-overhead",
         claim="Time that profiling adds, the largest of native prefill and decode (SmolLM2-135M, int8, 512 and 128 "
         "tokens) and a pass of the PyTorch module; bar 5 %",

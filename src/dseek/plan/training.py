@@ -17,6 +17,8 @@ from dseek.core.errors import MemoryLimitError
 from dseek.core.shape import ModelShape
 from dseek.plan.explain import size_text
 
+RUNTIME_BYTES = 96 << 20
+"""What libraries, threads and buffers of products take once a step runs on the processor, beside all tensors."""
 WIDE = 4
 """Bytes of weights, gradients, moments and sums: float32."""
 STRATEGIES = ("none", "zero1", "zero2", "zero3")
@@ -77,7 +79,7 @@ class TrainingMemory:
     """Bytes that a rank is expected to hold, and where."""
 
     process_bytes: int
-    """The process before the model is there."""
+    """The process before the model is there, with what its libraries will take."""
     weights_bytes: int
     """Weights, and copies of them that are put together or cast."""
     gradients_bytes: int
@@ -140,9 +142,10 @@ def predict_training(work: TrainingWork, process_bytes: int) -> TrainingMemory:
 
     Args:
         work: what it does.
-        process_bytes: what the process holds before the model is made.
+        process_bytes: what the process holds before the model is made; 0 for the memory of a device.
     """
     shape, world = work.shape, work.world_size
+    process_bytes += RUNTIME_BYTES if process_bytes else 0  # 0: the memory of a device, where none of that is
     total, learned = shape.num_parameters(), num_learned(work)
     adapters = learned if work.lora_rank else 0
     block = shape.num_block_parameters() + adapters // max(1, shape.num_layers)
@@ -187,7 +190,9 @@ def predict_training(work: TrainingWork, process_bytes: int) -> TrainingMemory:
 
     # 4. The most at one time: the loss over all activations; the last block's backward pass; the gradients at the end.
     before = gradients if work.num_batches > 1 else 0
-    after = gradients + again + temporary + (0 if work.lora_rank else table * WIDE)
+    # A tied table has a gradient from the head and one from the embedding, and autograd adds them up in a third place.
+    tied = 2 * table * WIDE if shape.tie_word_embeddings and not work.lora_rank else 0
+    after = gradients + again + temporary + tied
     during = max(activations + max(logits, temporary + again) + before, after)
     return TrainingMemory(
         process_bytes=process_bytes,

@@ -46,6 +46,8 @@ def chunked_cross_entropy(
 
     Source: Hsu et al. 2024, Liger Kernel, section 3.2 (fused linear cross entropy).
     """
+    if not torch.is_grad_enabled():  # a function of our own is told what requires gradients, not whether any are wanted
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, labels_N, chunk_rows)
 
 
@@ -57,43 +59,58 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         device = hidden_ND.device.type
         # Autocast does not reach into a function of our own: the products' dtype is chosen here.
         autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else hidden_ND.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        with torch.autocast(device, enabled=False):
-            head_VD = weight_VD.to(dtype)
-            total = torch.zeros((), dtype=wide, device=hidden_ND.device)
-            grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
-            grad_VD = torch.zeros_like(weight_VD) if needs_weight else None
-            for first in range(0, len(labels_N), chunk_rows):
-                rows = slice(first, first + chunk_rows)
-                states_CD, labels_C = hidden_ND[rows].to(dtype), labels_N[rows]
-                logits_CV = (states_CD @ head_VD.T).to(wide)
-                log_sums_C = logits_CV.logsumexp(dim=1)
-                total += (log_sums_C - logits_CV.gather(1, labels_C[:, None])[:, 0]).sum()
-                if not (needs_hidden or needs_weight):
-                    continue
-                # p - 1 at the label: the gradient of log sum exp(z) - z[label].
-                logits_CV.sub_(log_sums_C[:, None]).exp_()
-                logits_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1.0
-                grad_CV = logits_CV.to(dtype)
-                if grad_ND is not None:
-                    grad_ND[rows] = grad_CV @ head_VD
-                if grad_VD is not None:
-                    if grad_VD.dtype == dtype:
-                        grad_VD.addmm_(grad_CV.T, states_CD)
-                    else:
-                        grad_VD += grad_CV.T @ states_CD
-        ctx.save_for_backward(grad_ND, grad_VD)
+        ctx.dtype = torch.get_autocast_dtype(device) if autocast else hidden_ND.dtype
+        ctx.chunk_rows, ctx.needs = chunk_rows, ctx.needs_input_grad[:2]
+        total, gradients = _loss_and_gradients(hidden_ND, weight_VD, labels_N, chunk_rows, ctx.dtype, ctx.needs)
+        ctx.save_for_backward(hidden_ND, weight_VD, labels_N)
+        ctx.gradients = gradients
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        grad_ND, grad_VD = ctx.saved_tensors
-        return (
-            None if grad_ND is None else grad_ND * grad.to(grad_ND.dtype),
-            None if grad_VD is None else grad_VD * grad.to(grad_VD.dtype),
-            None,
-            None,
-        )
+        # They are handed out, scaled where they lie, and not kept: a copy of the head's would be as large as the head.
+        # Whoever goes backward a second time has them computed again.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            hidden_ND, weight_VD, labels_N = ctx.saved_tensors
+            _, gradients = _loss_and_gradients(hidden_ND, weight_VD, labels_N, ctx.chunk_rows, ctx.dtype, ctx.needs)
+        grad_ND, grad_VD = (None if part is None else part.mul_(grad.to(part.dtype)) for part in gradients)
+        return grad_ND, grad_VD, None, None
+
+
+@torch.no_grad()
+def _loss_and_gradients(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    chunk_rows: int,
+    dtype: torch.dtype,
+    needs: tuple[bool, bool],
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """The sum, and its gradients by states and head where they are needed."""
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        head_VD = weight_VD.to(dtype)
+        total = torch.zeros((), dtype=wide, device=hidden_ND.device)
+        grad_ND = torch.empty_like(hidden_ND) if needs[0] else None
+        grad_VD = torch.zeros_like(weight_VD) if needs[1] else None
+        for first in range(0, len(labels_N), chunk_rows):
+            rows = slice(first, first + chunk_rows)
+            states_CD, labels_C = hidden_ND[rows].to(dtype), labels_N[rows]
+            logits_CV = (states_CD @ head_VD.T).to(wide)
+            log_sums_C = logits_CV.logsumexp(dim=1)
+            total += (log_sums_C - logits_CV.gather(1, labels_C[:, None])[:, 0]).sum()
+            if grad_ND is None and grad_VD is None:
+                continue
+            # p - 1 at the label: the gradient of log sum exp(z) - z[label].
+            logits_CV.sub_(log_sums_C[:, None]).exp_()
+            logits_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1.0
+            grad_CV = logits_CV.to(dtype)
+            if grad_ND is not None:
+                grad_ND[rows] = grad_CV @ head_VD
+            if grad_VD is not None and grad_VD.dtype == dtype:
+                grad_VD.addmm_(grad_CV.T, states_CD)
+            elif grad_VD is not None:
+                grad_VD += grad_CV.T @ states_CD
+    return total, (grad_ND, grad_VD)
