@@ -21,11 +21,13 @@ class DseekWorker(Worker):
     """Options are keyword arguments of `dseek.load`: precision, batch and so on; attention is dense unless they say."""
 
     llm: LLM
+    decoder: Any = None
 
     def load(self, path: str, threads: int, context_tokens: int, options: dict[str, Any] | None = None) -> Answer:
         """See `worker`."""
         started = time.perf_counter()
-        wanted = {"attention": "dense", **(options or {})}
+        # Prompts are repeated, and every run is to compute them, as with the peers.
+        wanted = {"attention": "dense", "prefix_cache": False, **(options or {})}
         self.llm = dseek.load(path, threads=threads, context=context_tokens, **wanted)
         return {"load_s": time.perf_counter() - started, "version": dseek.__version__, **self.plan()}
 
@@ -61,6 +63,13 @@ class DseekWorker(Worker):
         """See `worker`."""
         outputs = self.generate_batch([token_ids], num_tokens)
         return {"token_ids": outputs["token_ids"][0], **{key: outputs[key] for key in ("first_token_s", "token_s")}}
+
+    def generate_many(self, prompts: list[list[int]], num_tokens: int) -> Answer:
+        """See `worker`."""
+        started = time.perf_counter()
+        outputs = self.llm.generate(prompts, max_new_tokens=num_tokens, ignore_eos=True, detokenize=False)
+        whole_s = time.perf_counter() - started
+        return {"token_ids": [list(output.token_ids) for output in outputs], "whole_s": whole_s}
 
     def generate_batch(self, prompts: list[list[int]], num_tokens: int) -> Answer:
         """Answer several prompts at once.
@@ -147,6 +156,36 @@ class DseekWorker(Worker):
                 losses.extend(row_losses)
                 best.extend(row_best)
         return {"losses": losses, "best": best}
+
+    def generate_profiled(self, token_ids: list[int], num_tokens: int) -> Answer:
+        """`generate` under the profiler, its timeline included; beside that what the profile counted."""
+        from dseek.profiler import ProfileSession
+
+        with ProfileSession(use_torch=False) as session:
+            answer = self.generate(token_ids, num_tokens)
+        found = session.result
+        return {**answer, "operators": len(found.operators), "flops": found.flops, "wall_s": found.wall_s}
+
+    def module_forward(self, token_ids: list[int], profiled: bool) -> Answer:
+        """Run the PyTorch module once, under the profiler or not.
+
+        Returns:
+            `seconds` of the pass, and `best`, the likeliest token after each.
+        """
+        import contextlib
+
+        import torch
+
+        from dseek.profiler import ProfileSession
+
+        if self.decoder is None:
+            self.decoder = self.llm.module().eval()
+        ids = torch.tensor([token_ids])
+        with torch.inference_mode(), ProfileSession(use_torch=True) if profiled else contextlib.nullcontext():
+            started = time.perf_counter()
+            logits = self.decoder(ids)
+            seconds = time.perf_counter() - started
+        return {"seconds": seconds, "best": logits[0].argmax(dim=1).tolist()}
 
     def watch(self) -> Answer:
         """From now on remember where a sequence lies, for `skipped`.

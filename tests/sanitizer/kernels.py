@@ -6,6 +6,7 @@ asked elsewhere; here they must be finite, and every load and store in its place
 
 from __future__ import annotations
 
+import itertools
 import sys
 from types import ModuleType
 
@@ -119,8 +120,13 @@ def main(variant: str) -> None:
     for cache in ("fp32", "bf16", "int8"):
         sizes = Sizes(cache=cache, head_dim=64)
         decoder = build(native, sizes, seed=9)
-        for rows in BATCHES:
+        for most_stretches, rows in zip(itertools.cycle((0, 5, 10_000)), BATCHES, strict=False):
+            # The clocks run too, with no room, too little and enough for the timeline.
+            decoder.set_timing(True, most_stretches)
             decoder.forward(**batch(sizes, rows, rng))
+            nanoseconds, stretches, _ = decoder.timings()
+            assert len(stretches) == len(nanoseconds) == 3 and (nanoseconds >= 0).all()
+            assert all(len(part) <= most_stretches for part in stretches)
         for num_rows, context in ((1, 1), (1, 700), (70, 130)):
             assert native.time_attention(num_rows, context, 4, 2, 48, cache, 1) > 0
     assert native.read_bandwidth(70_001, 1) > 0

@@ -26,6 +26,7 @@ from dseek.cli.options import (
     positive_ints,
     ranks_from,
 )
+from dseek.cli.past import add_history_option, corrected_machine, remember
 from dseek.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_run_options(parser)
     add_shard_option(parser)
+    add_history_option(parser)
     add_json(parser)
 
 
@@ -112,21 +114,25 @@ def run(args: argparse.Namespace) -> int:
     contexts = args.contexts or DEFAULT_CONTEXTS
     needed = max(contexts) + args.tokens
     ranks = ranks_from(args)
-    with load_from(args, batch=max(args.batches), **_job(args, needed)) as llm:
-        _check_fits(llm.plan, needed, max(args.batches))
-        machine = planned_machine(llm.plan)
-        bounds = limits(llm.plan, machine)
-        _measure(llm, min(contexts), 1, 4, 1)  # Pages are mapped and clocks are up when it counts.
+    # Every prompt is to be computed whole, whatever was measured before it.
+    with load_from(args, batch=max(args.batches), prefix_cache=False, **_job(args, needed)) as llm:
+        check_fits(llm.plan, needed, max(args.batches))
+        measured = planned_machine(llm.plan)
+        machine = None if measured is None else corrected_machine(measured, ignore=args.no_history)
+        bounds = limits(llm.plan, measured)
+        measure(llm, min(contexts), 1, 4, 1)  # Pages are mapped and clocks are up when it counts.
         show_progress = sys.stderr.isatty() and is_first(ranks)
         cases = []
         for context_tokens in contexts:
             for batch in args.batches:
                 if show_progress:
                     print(f"\r\033[Kcontext {context_tokens}, batch {batch}", end="", file=sys.stderr, flush=True)
-                prefill_s, decode_s = _measure(llm, context_tokens, batch, args.tokens, args.repeats)
+                prefill_s, decode_s = measure(llm, context_tokens, batch, args.tokens, args.repeats)
                 cases.append(_case(llm.plan, machine, bounds, context_tokens, batch, prefill_s, decode_s))
         if show_progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if measured is not None and ranks is None and not args.no_history:
+            remember(llm.plan, measured, cases)
         if args.json and is_first(ranks):
             print(json.dumps(_summary(llm, bounds, cases)))
         elif is_first(ranks):
@@ -146,8 +152,17 @@ def _job(args: argparse.Namespace, needed_tokens: int) -> dict[str, Any]:
     return {"context": needed_tokens, "prompt_tokens": prompt_tokens, "answer_tokens": answer_tokens}
 
 
-def _check_fits(plan: Plan, needed_tokens: int, batch: int) -> None:
-    """Refuse cases that the plan has no room for."""
+def check_fits(plan: Plan, needed_tokens: int, batch: int) -> None:
+    """Refuse cases that the plan has no room for.
+
+    Args:
+        plan: the plan.
+        needed_tokens: positions of the longest case.
+        batch: sequences of the largest case.
+
+    Raises:
+        ConfigError: there is no room.
+    """
     if needed_tokens > plan.context_tokens:
         raise ConfigError(
             f"the longest case needs {needed_tokens} tokens",
@@ -158,8 +173,19 @@ def _check_fits(plan: Plan, needed_tokens: int, batch: int) -> None:
         raise ConfigError(f"a case has a batch of {batch}", needed=f"at most the plan's {plan.max_batch}")
 
 
-def _measure(llm: LLM, context_tokens: int, batch: int, num_steps: int, repeats: int) -> tuple[float, float]:
-    """Median seconds of the prefill of all prompts and of one decode step of all sequences."""
+def measure(llm: LLM, context_tokens: int, batch: int, num_steps: int, repeats: int) -> tuple[float, float]:
+    """Measure one case.
+
+    Args:
+        llm: the model.
+        context_tokens: length of each prompt.
+        batch: sequences at a time.
+        num_steps: decode steps.
+        repeats: runs, of which the median counts.
+
+    Returns:
+        Seconds of the prefill of all prompts and of one decode step of all sequences.
+    """
     from dseek.engine.request import SamplingParams
 
     params = SamplingParams(max_new_tokens=num_steps + 1, ignore_eos=True, detokenize=False)

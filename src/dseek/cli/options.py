@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from dseek.cli.engine_options import engine_options_from
 from dseek.cli.precision_options import add_precision_options, precision_from
 from dseek.core.attention_pattern import KINDS, WINDOWS
 from dseek.core.errors import DseekError
@@ -367,6 +368,7 @@ def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overr
         DseekError: the model, the plan or an option is unusable.
     """
     from dseek.cli.measuring import measured_machine, shown_calibration
+    from dseek.cli.past import corrected_machine
     from dseek.engine.llm import load
 
     options: dict[str, Any] = {
@@ -378,11 +380,12 @@ def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overr
         "max_position_embeddings": args.max_position_embeddings,
         "rope_scaling": args.rope_scaling,
         **attention_from(args),
+        **engine_options_from(args),
     }
     options["shard_strategy"] = getattr(args, "shard_strategy", None)
     options.update(overrides)
     # Where several ranks run, the first one plans for all.
     if options["plan"] is None and (options["shard_strategy"] is None or is_first(ranks_from(args))):
-        options["machine"] = measured_machine()
+        options["machine"] = corrected_machine(measured_machine(), ignore=getattr(args, "no_history", False))
     with shown_calibration():
         return load(args.model if files is None else files, **options)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from dseek.cli.options import (
     add_attention_options,
@@ -17,14 +18,20 @@ from dseek.cli.options import (
     open_from,
     positive_int,
 )
+from dseek.cli.past import add_history_option, corrected_machine, note
 from dseek.cli.precision_options import add_precision_options, precision_from
 from dseek.cli.show_attention import add_show_attention, check_options, draw, summary_line
+from dseek.cli.what_if import add_what_if_options, check_what_if, run_what_if, show_front
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from dseek.core.shape import ModelShape
     from dseek.hardware.machine import Machine
+    from dseek.plan.attention_wish import AttentionWish
     from dseek.plan.explain import Choice
+    from dseek.plan.head_facts import HeadFacts
+    from dseek.plan.objective import Objective
     from dseek.plan.plan import Plan
 
 HELP = "plan a run of a model and explain the choices"
@@ -60,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_request_options(parser, "--prompt")
     add_attention_options(parser.add_argument_group("attention"))
     add_show_attention(parser)
+    add_what_if_options(parser)
+    add_history_option(parser)
     add_json(parser)
 
 
@@ -84,6 +93,9 @@ def run(args: argparse.Namespace) -> int:
     from dseek.plan.plan import make
 
     check_options(args)
+    check_what_if(args)
+    if args.machine is not None:
+        return run_what_if(args)
     loss = DEFAULT_QUALITY_LOSS if args.max_quality_loss is None else args.max_quality_loss
     objective = Objective(
         kind=args.objective,
@@ -110,7 +122,10 @@ def run(args: argparse.Namespace) -> int:
         measured = calibrated(files, args.calibration)
     finally:
         files.close()
-    machine = measured_machine()
+    measured_here = measured_machine()
+    machine = corrected_machine(measured_here, ignore=args.no_history)
+    if args.pareto:
+        return _pareto(args, shape, machine, objective, encodings, wish, heads, measured)
     plan = make(
         shape,
         machine,
@@ -134,11 +149,44 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console()
     console.print(_summary(plan, machine))
+    if machine is not measured_here and (text := note(measured_here)):
+        console.print(f"predictions are corrected {text}", highlight=False)
     for choice in plan.choices:
         console.print(_choice(choice))
     if drawn is not None:
         print(summary_line(drawn))
     return 0
+
+
+def _pareto(
+    args: argparse.Namespace,
+    shape: ModelShape,
+    machine: Machine,
+    objective: Objective,
+    encodings: Mapping[str, int],
+    wish: AttentionWish,
+    heads: HeadFacts,
+    measured: Mapping[str, Any],
+) -> int:
+    """Show the front on this machine."""
+    from dseek.plan.candidates import Wishes
+    from dseek.plan.pareto import explore
+    from dseek.plan.quality import MeasuredLosses
+
+    wishes = Wishes(
+        model=args.model,
+        **{"cache_dtype": None, **precision_from(args)},
+        num_threads=args.threads,
+        prefill_chunk_tokens=None,
+        kernels=None,
+        attention=wish,
+        heads=heads,
+    )
+    losses = measured.get("losses")
+    losses = losses if isinstance(losses, MeasuredLosses) else MeasuredLosses(projections=losses or {})
+    points = explore(shape, machine, objective, encodings, wishes, losses)
+    what = "a token" if objective.kind == "throughput" else "a request"
+    return show_front(args, points, f"{args.model} on this machine, seconds {what}")
 
 
 def _size(text: str) -> int:

@@ -89,6 +89,24 @@ def load_or_measure(*, refresh: bool = False, progress: Progress | None = None) 
     return machine
 
 
+def kept_machine() -> Machine | None:
+    """Return this machine's kept measurements, without measuring anything.
+
+    Returns:
+        The machine, or None where there are no (sound) measurements of it.
+
+    Raises:
+        ConfigError: a `DSEEK_*` variable is bad.
+    """
+    found = probe()
+    native = _native()
+    path = _path(fingerprint(found, native, "torch" if native is None else native.variant()))
+    try:
+        return Machine.from_json(path.read_text(encoding="utf-8"), where=str(path))
+    except (ConfigError, OSError, UnicodeDecodeError):
+        return None
+
+
 def fingerprint(found: Probe, native: NativeModule | None, variant: str) -> str:
     """Name what the measurements depend on, in 16 hexadecimal digits.
 

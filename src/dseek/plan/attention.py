@@ -60,7 +60,7 @@ def decide(search: Chooser, accepted: Candidate, wish: AttentionWish, heads: Hea
     choices = [] if kind == "dense" else wish.by_layer(search.shape.num_layers, heads)
     if kind is None:
         choices = [patterns for patterns in choices if _is_offered(patterns, search)]
-    in_all = [candidate(_in_layers(patterns, search.shape)) for patterns in choices]
+    in_all = [candidate(in_layers(patterns, search.shape)) for patterns in choices]
     if kind is None and wish.kind != "auto" and limit <= DEFAULT_QUALITY_LOSS:
         # Nobody accepted a loss: what leaves keys out is shown beside, but its prior knows one model's perplexity only.
         in_all = [dataclasses.replace(entry, refused=entry.refused or UNASKED) for entry in in_all]
@@ -108,10 +108,16 @@ def _may_change(shape: ModelShape, layer: int) -> bool:
     return shape.sliding_window is None or (shape.window_layers is not None and not shape.window_layers[layer])
 
 
-def _in_layers(
+def in_layers(
     patterns: Sequence[AttentionPattern], shape: ModelShape, layers: Sequence[int] | None = None
 ) -> tuple[AttentionPattern, ...]:
-    """Give layers their patterns: all that may have one, or some of them."""
+    """Give layers their patterns: all that may have one, or some of them.
+
+    Args:
+        patterns: one a layer.
+        shape: the model, whose own windows stay.
+        layers: indices of those that change; None for all.
+    """
     wanted = range(shape.num_layers) if layers is None else layers
     return tuple(
         pattern if layer in wanted and _may_change(shape, layer) else DENSE for layer, pattern in enumerate(patterns)
@@ -128,4 +134,4 @@ def _least_harmful(
         if _may_change(shape, layer) and losses[layer] <= left:
             layers.append(layer)
             left -= losses[layer]
-    return _in_layers(patterns, shape, layers) if layers else None
+    return in_layers(patterns, shape, layers) if layers else None

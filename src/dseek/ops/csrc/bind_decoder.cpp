@@ -4,8 +4,10 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -21,6 +23,13 @@ namespace dseek {
 namespace {
 
 constexpr double kMostShareFactor = 1024.;
+constexpr size_t kMostStretches = 1u << 20;
+
+// In the order of `Operator`.
+constexpr const char* kOperatorNames[] = {
+    "embed",         "qkv_input", "qkv",        "cache", "select",   "attention", "output_input", "output",
+    "gate_up_input", "gate_up",   "down_input", "down",  "exchange", "wait",      "head_input",   "head"};
+static_assert(std::size(kOperatorNames) == kNumOperators);
 
 // New positions of whole sequences, [sequences, 2], and their page tables.
 using Wholes = std::tuple<Input<int32_t, 2>, Input<int32_t, 2>>;
@@ -143,7 +152,7 @@ public:
     Output<float> forward(const Input<int32_t, 1>& token_ids, const Input<int32_t, 1>& positions,
                           const Input<int32_t, 1>& row_starts, const Input<int32_t, 2>& page_tables,
                           const Input<int32_t, 1>& logit_rows, const std::optional<nb::callable>& exchange,
-                          const std::optional<Wholes>& wholes) {
+                          const std::optional<Wholes>& wholes, bool hidden) {
         Batch batch = batch_of(positions, row_starts, page_tables);
         require(token_ids.size() == positions.size(), "token_ids and positions differ in length");
         require(logit_rows.size() <= positions.size(), "logit_rows must be ascending rows of the batch");
@@ -161,8 +170,10 @@ public:
             batch.whole_page_tables = tables.data();
             batch.num_wholes = static_cast<int>(spans.shape(0));
         }
-        const size_t stride = decoder_.logit_stride();
-        Pages logits(logit_rows.size() * stride * sizeof(float));
+        batch.wants_hidden = hidden;
+        const size_t stride = hidden ? decoder_.hidden_stride() : decoder_.logit_stride();
+        const int width = hidden ? decoder_.shape().hidden_size : decoder_.shape().vocab_size;
+        Pages out(logit_rows.size() * stride * sizeof(float));
         Exchange layer_exchange;
         if (exchange) {
             layer_exchange = [&](int layer) {
@@ -175,10 +186,45 @@ public:
             running_ = std::this_thread::get_id();
             const Idle idle{running_};
             const nb::gil_scoped_release release;
-            decoder_.forward(batch, logits.as<float>(), layer_exchange);
+            decoder_.forward(batch, out.as<float>(), layer_exchange);
         }
-        const size_t vocab = static_cast<size_t>(decoder_.shape().vocab_size);
-        return own<float>(std::move(logits), {logit_rows.size(), vocab}, {static_cast<int64_t>(stride), 1});
+        return own<float>(std::move(out), {logit_rows.size(), static_cast<size_t>(width)},
+                          {static_cast<int64_t>(stride), 1});
+    }
+
+    void set_timing(bool on, size_t most_stretches) {
+        require(most_stretches <= kMostStretches, "too many stretches of time to keep");
+        const auto lock = hold();
+        decoder_.set_timing(on, most_stretches);
+    }
+
+    // Nanoseconds of the last run [threads, layers + 1, operators]; for each thread its stretches [n, 5] (begin, end,
+    // waited, layer, operator); how many stretches found no room.
+    nb::tuple timings() {
+        const auto lock = hold();
+        const std::vector<const OperatorClock*> clocks = decoder_.clocks();
+        const size_t layers = static_cast<size_t>(decoder_.shape().num_layers) + 1, row = layers * kNumOperators;
+        // An array of no threads still needs memory to point to.
+        Pages counts(std::max<size_t>(1, clocks.size()) * row * sizeof(int64_t));
+        nb::list stretches;
+        size_t lost = 0;
+        for (size_t i = 0; i < clocks.size(); ++i) {
+            std::memcpy(counts.as<int64_t>() + i * row, clocks[i]->ns().data(), row * sizeof(int64_t));
+            const size_t count = clocks[i]->num_stretches();
+            Pages kept(std::max<size_t>(1, count) * 5 * sizeof(int64_t));
+            for (size_t j = 0; j < count; ++j) {
+                const Stretch& from = clocks[i]->stretches()[j];
+                int64_t* to = kept.as<int64_t>() + 5 * j;
+                to[0] = from.begin_ns, to[1] = from.end_ns, to[2] = from.waited_ns;
+                to[3] = from.layer, to[4] = from.operator_idx;
+            }
+            stretches.append(own<int64_t>(std::move(kept), {count, 5}, {5, 1}));
+            lost += clocks[i]->num_lost();
+        }
+        const int64_t operators = kNumOperators;
+        return nb::make_tuple(own<int64_t>(std::move(counts), {clocks.size(), layers, static_cast<size_t>(operators)},
+                                           {static_cast<int64_t>(row), operators, 1}),
+                              stretches, lost);
     }
 
     Output<float> run_blocks(const Input<float, 2>& x, const Input<int32_t, 1>& positions,
@@ -323,7 +369,15 @@ void bind_decoder(nb::module_& module) {
         .def("swap_wide", &OwningDecoder::swap_wide, "layer"_a)
         .def("allocate_cache", &OwningDecoder::allocate_cache, "num_pages"_a)
         .def("forward", &OwningDecoder::forward, "token_ids"_a, "positions"_a, "row_starts"_a, "page_tables"_a,
-             "logit_rows"_a, "exchange"_a = nb::none(), "wholes"_a = nb::none())
+             "logit_rows"_a, "exchange"_a = nb::none(), "wholes"_a = nb::none(), "hidden"_a = false)
+        .def("set_timing", &OwningDecoder::set_timing, "on"_a, "most_stretches"_a = 0)
+        .def("timings", &OwningDecoder::timings)
+        .def_prop_ro_static("operator_names",
+                            [](nb::handle) {
+                                nb::list names;
+                                for (const char* name : kOperatorNames) names.append(name);
+                                return names;
+                            })
         .def("cache_pages", &OwningDecoder::cache_pages)
         .def("selections", &OwningDecoder::selections)
         .def("run_blocks", &OwningDecoder::run_blocks, "x"_a, "positions"_a, "row_starts"_a, "page_tables"_a,

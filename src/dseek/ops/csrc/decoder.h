@@ -13,6 +13,7 @@
 #include "common/kernels.h"
 #include "common/row_buffer.h"
 #include "common/thread_pool.h"
+#include "operator_clock.h"
 #include "pyramid.h"
 
 namespace dseek {
@@ -61,6 +62,7 @@ struct Batch {
     const int32_t* whole_positions = nullptr;  // [num_wholes][2], first and end
     const int32_t* whole_page_tables = nullptr;  // [num_wholes][pages_per_sequence]
     int num_wholes = 0;  // 0: the batch is all there is
+    bool wants_hidden = false;  // instead of logits
 };
 
 // Called once a layer, in order, when the layer's new keys and values are in the cache and before anything attends to
@@ -107,15 +109,22 @@ public:
     void set_wide(int layer, const Linear& qkv, const Linear& output, const Linear& gate_up, const Linear& down);
     void swap_wide(int layer);
 
-    // Writes logits [num_logit_rows][logit_stride()]. Throws std::invalid_argument for ids, positions or pages out of
-    // range; the cache is then as before. What `exchange` throws ends the run and is thrown on; the pages of the batch
-    // then hold anything.
-    void forward(const Batch& batch, float* logits, const Exchange& exchange = {});
+    // Whether runs are timed by layer and operator, and how many stretches of each thread's time are kept at most.
+    void set_timing(bool on, size_t most_stretches);
+    // Clocks of the last run, one a thread.
+    std::vector<const OperatorClock*> clocks() const;
+
+    // Writes logits [num_logit_rows][logit_stride()], or, where `batch.wants_hidden`, what the head would see of these
+    // rows, [num_logit_rows][hidden_stride()]: the last block's output after the final norm. Throws
+    // std::invalid_argument for ids, positions or pages out of range; the cache is then as before. What `exchange`
+    // throws ends the run and is thrown on; the pages of the batch then hold anything.
+    void forward(const Batch& batch, float* out, const Exchange& exchange = {});
 
     // Runs blocks [block_begin, block_end) in place on hidden states x [R][D]; token ids and logit rows are not used.
     void run_blocks(const Batch& batch, int block_begin, int block_end, float* x);
 
     size_t logit_stride() const { return static_cast<size_t>(head_.n_padded); }
+    size_t hidden_stride() const { return static_cast<size_t>(round_up(shape_.hidden_size, kPanel)); }
     int num_pages() const { return num_pages_; }
     size_t page_bytes() const { return layout_.page_bytes(); }
     const CacheLayout& layout() const { return layout_; }
@@ -135,6 +144,7 @@ private:
         Pages hidden;  // float [block rows][F padded]
         Pages query;  // float [heads of a group][d]
         SelectionRoom selection;
+        OperatorClock clock;
     };
 
     enum Role { kQkv, kOutput, kGateUp, kDown };
@@ -158,6 +168,7 @@ private:
     void run_in_channels(const Batch& batch, int thread_idx, int block_begin, int block_end, bool last_needed_only,
                          int& stage);
     void finish(const Batch& batch, int thread_idx, float* logits, int& stage);
+    void finish_hidden(const Batch& batch, int thread_idx, float* hidden);
     // Thread 0 makes the exchange of a layer while the others wait; false, for all of them, where it failed.
     bool exchange_layer(int layer, int thread_idx);
 
@@ -177,6 +188,7 @@ private:
     void watch(const BlockWeights& block, Role role, const Rows& rows, int num_rows);
     void check_block(const BlockWeights& block) const;
     void check_layer(int layer) const;
+    int index_of(const BlockWeights& block) const { return static_cast<int>(&block - blocks_.data()); }
     void rotate_row(const Batch& batch, const BlockWeights& block, int row);
     void store_rows(const Batch& batch, int layer, int begin, int end);
     void attend(const Batch& batch, const BlockWeights& block, int layer, const AttentionTask& task, Worker& worker);
@@ -187,6 +199,19 @@ private:
                             bool merge, int thread_idx);
     void multiply_claimed(const Linear& weight, const Rows& rows, int num_rows, Epilogue epilogue, const float* bias,
                           float* out, size_t out_stride, int thread_idx, int& stage);
+
+    // The team's meeting, with the time that the thread waits for it on its clock.
+    void meet(int thread_idx) {
+        OperatorClock& clock = workers_[thread_idx].clock;
+        if (!clock.on()) return team_->barrier();
+        const int64_t arrived = OperatorClock::now();
+        team_->barrier();
+        clock.add_wait(OperatorClock::now() - arrived);
+    }
+    // Gives the time since the thread's last mark to an operator.
+    void mark(int thread_idx, int layer, Operator done) { workers_[thread_idx].clock.mark(layer, done); }
+    // Makes the clocks ready for a run and says when it began.
+    int64_t arm_clocks();
 
     // Shares out [0, count) over the team, first come first served. Two stages in a row have a meeting between them.
     // Counters rotate: the one after next is cleared here, two meetings after its last use and two before its next.
@@ -220,6 +245,8 @@ private:
     int capacity_ = 0, task_capacity_ = 0, shared_capacity_ = 0;  // rows
     const KernelTable* sized_for_ = nullptr;  // whose kinds of rows the last two are for; null after new weights
     int threads_ready_ = 0;
+    bool timing_ = false;
+    size_t most_stretches_ = 0;  // of a thread
     size_t qkv_stride_ = 0, hidden_stride_ = 0;
     Pages x_, qkv_, attended_, hidden_, needed_x_, needed_attended_;
     float* residual_ = nullptr;  // x in use: ours, or the caller's

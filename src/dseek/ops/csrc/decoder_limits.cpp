@@ -58,8 +58,8 @@ void Decoder::watch(const BlockWeights& block, Role role, const Rows& rows, int 
         for (int i = 0; i < count; ++i) within &= rows.group_scale[i] * 127.f <= limit;
     }
     if (within) return;
-    const size_t layer = static_cast<size_t>(&block - blocks_.data());
-    std::atomic_ref<uint8_t>(exceeded_[layer * 4 + role]).store(1, std::memory_order_relaxed);
+    const size_t place = static_cast<size_t>(index_of(block)) * 4 + role;
+    std::atomic_ref<uint8_t>(exceeded_[place]).store(1, std::memory_order_relaxed);
 }
 
 }  // namespace dseek

@@ -48,6 +48,7 @@ void Decoder::project_qkv_rows(const Batch& batch, const BlockWeights& block, in
         table_->rms_norm(residual_ + row * stride, block.input_norm, shape_.epsilon, shape_.hidden_size, normed);
         table_->prepare_row(normed, block.qkv.k, block.qkv.k_padded, worker.prepared.rows, row - begin);
     }
+    worker.clock.mark(layer, Operator::qkv_input);
     watch(block, kQkv, worker.prepared.rows, end - begin);
     table_->linear({.weight = &block.qkv,
                     .rows = &worker.prepared.rows,
@@ -59,14 +60,16 @@ void Decoder::project_qkv_rows(const Batch& batch, const BlockWeights& block, in
                     .bias = block.qkv_bias,
                     .out = qkv_.as<float>() + static_cast<size_t>(begin) * qkv_stride_,
                     .out_stride = qkv_stride_});
+    worker.clock.mark(layer, Operator::qkv);
     for (int row = begin; row < end; ++row) rotate_row(batch, block, row);
     store_rows(batch, layer, begin, end);
+    worker.clock.mark(layer, Operator::cache);
 }
 
 void Decoder::mlp_rows(const BlockWeights& block, const float* attended, float* x, int begin, int end, Worker& worker) {
     const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
     const size_t query = static_cast<size_t>(shape_.num_heads) * shape_.head_dim;
-    const int num_rows = end - begin;
+    const int num_rows = end - begin, layer = index_of(block);
     Rows& rows = worker.prepared.rows;
     float* target = x + begin * stride;
     float* normed = worker.normed.as<float>();
@@ -90,7 +93,9 @@ void Decoder::mlp_rows(const BlockWeights& block, const float* attended, float* 
         table_->prepare_row(attended + (begin + row) * query, block.output.k, block.output.k_padded, rows, row);
     }
     watch(block, kOutput, rows, num_rows);
+    worker.clock.mark(layer, Operator::output_input);
     multiply(block.output, Epilogue::add, block.output_bias, target, stride);
+    worker.clock.mark(layer, Operator::output);
     // 2. Gate and up.
     worker.prepared.lay_out(block.gate_up, table_->row_kind(block.gate_up.format, num_rows), num_rows);
     for (int row = 0; row < num_rows; ++row) {
@@ -98,14 +103,18 @@ void Decoder::mlp_rows(const BlockWeights& block, const float* attended, float* 
         table_->prepare_row(normed, block.gate_up.k, block.gate_up.k_padded, rows, row);
     }
     watch(block, kGateUp, rows, num_rows);
+    worker.clock.mark(layer, Operator::gate_up_input);
     multiply(block.gate_up, Epilogue::gated, block.gate_up_bias, hidden, hidden_stride_);
+    worker.clock.mark(layer, Operator::gate_up);
     // 3. Down, onto the residual stream.
     worker.prepared.lay_out(block.down, table_->row_kind(block.down.format, num_rows), num_rows);
     for (int row = 0; row < num_rows; ++row) {
         table_->prepare_row(hidden + row * hidden_stride_, block.down.k, block.down.k_padded, rows, row);
     }
     watch(block, kDown, rows, num_rows);
+    worker.clock.mark(layer, Operator::down_input);
     multiply(block.down, Epilogue::add, block.down_bias, target, stride);
+    worker.clock.mark(layer, Operator::down);
 }
 
 bool Decoder::exchange_layer(int layer, int thread_idx) {
@@ -115,7 +124,8 @@ bool Decoder::exchange_layer(int layer, int thread_idx) {
             (*exchange_)(layer);
         } catch (...) { failure_ = std::current_exception(); }
     }
-    team_->barrier();
+    meet(thread_idx);
+    mark(thread_idx, layer, Operator::exchange);
     return failure_ == nullptr;
 }
 
@@ -129,7 +139,7 @@ void Decoder::gather_needed(const Batch& batch, int thread_idx) {
         if (row_splits_[row] > 0) merge_splits(row, attended);
         else std::memcpy(attended, attended_.as<float>() + row * query, query * 4);
     }
-    team_->barrier();
+    meet(thread_idx);
 }
 
 void Decoder::run_in_rows(const Batch& batch, int thread_idx, int block_begin, int block_end, bool last_needed_only,
@@ -142,13 +152,15 @@ void Decoder::run_in_rows(const Batch& batch, int thread_idx, int block_begin, i
     for (int layer = block_begin; layer < block_end; ++layer) {
         const BlockWeights& block = blocks_[layer];
         const bool needed_only = last_needed_only && layer + 1 == block_end;
-        team_->barrier();
+        meet(thread_idx);
+        mark(thread_idx, layer, Operator::cache);
         if (!exchange_layer(layer, thread_idx)) return;
         if (!patterns_.empty()) seal_blocks(layer, thread_idx, stage);
         const auto& tasks = needed_only ? needed_tasks_ : tasks_;
         share_out(static_cast<int>(tasks.size()), thread_idx, stage,
                   [&](int task) { attend(batch, block, layer, tasks[task], worker); });
-        team_->barrier();
+        meet(thread_idx);
+        mark(thread_idx, layer, Operator::attention);
         if (needed_only) {
             if (batch.num_logit_rows == 0) return;
             gather_needed(batch, thread_idx);
@@ -162,7 +174,8 @@ void Decoder::run_in_rows(const Batch& batch, int thread_idx, int block_begin, i
             if (layer + 1 < block_end) project_qkv_rows(batch, blocks_[layer + 1], layer + 1, begin, end, worker);
         });
     }
-    team_->barrier();
+    meet(thread_idx);
+    mark(thread_idx, block_end - 1, Operator::down);
 }
 
 const Rows& Decoder::prepare_all(const Linear& weight, const float* x, size_t stride, const float* norm, int num_rows,
@@ -177,7 +190,7 @@ const Rows& Decoder::prepare_all(const Linear& weight, const float* x, size_t st
         begin = num_rows * thread_idx / threads;
         end = num_rows * (thread_idx + 1) / threads;
         if (thread_idx == 0) shared_rows_.lay_out(weight, kind, num_rows);
-        team_->barrier();
+        meet(thread_idx);
     } else {
         buffer.lay_out(weight, kind, num_rows);
     }
@@ -192,7 +205,7 @@ const Rows& Decoder::prepare_all(const Linear& weight, const float* x, size_t st
         }
         table_->prepare_row(source, weight.k, weight.k_padded, buffer.rows, row);
     }
-    if (!by_all) team_->barrier();
+    if (!by_all) meet(thread_idx);
     return buffer.rows;
 }
 
@@ -215,25 +228,32 @@ void Decoder::multiply_claimed(const Linear& weight, const Rows& rows, int num_r
                         .out = out,
                         .out_stride = out_stride});
     });
-    team_->barrier();
+    meet(thread_idx);
 }
 
 void Decoder::finish_block_in_channels(const BlockWeights& block, const float* attended, float* x, int num_rows,
                                        bool merge, int thread_idx, int& stage) {
     const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
     const size_t query = static_cast<size_t>(shape_.num_heads) * shape_.head_dim;
+    const int layer = index_of(block);
     const Rows& attended_rows = prepare_all(block.output, attended, query, nullptr, num_rows, merge, thread_idx);
     if (thread_idx == 0) watch(block, kOutput, attended_rows, num_rows);
+    mark(thread_idx, layer, Operator::output_input);
     multiply_claimed(block.output, attended_rows, num_rows, Epilogue::add, block.output_bias, x, stride, thread_idx,
                      stage);
+    mark(thread_idx, layer, Operator::output);
     const Rows& normed = prepare_all(block.gate_up, x, stride, block.post_attention_norm, num_rows, false, thread_idx);
     if (thread_idx == 0) watch(block, kGateUp, normed, num_rows);
+    mark(thread_idx, layer, Operator::gate_up_input);
     multiply_claimed(block.gate_up, normed, num_rows, Epilogue::gated, block.gate_up_bias, hidden_.as<float>(),
                      hidden_stride_, thread_idx, stage);
+    mark(thread_idx, layer, Operator::gate_up);
     const Rows& hidden =
         prepare_all(block.down, hidden_.as<float>(), hidden_stride_, nullptr, num_rows, false, thread_idx);
     if (thread_idx == 0) watch(block, kDown, hidden, num_rows);
+    mark(thread_idx, layer, Operator::down_input);
     multiply_claimed(block.down, hidden, num_rows, Epilogue::add, block.down_bias, x, stride, thread_idx, stage);
+    mark(thread_idx, layer, Operator::down);
 }
 
 void Decoder::run_in_channels(const Batch& batch, int thread_idx, int block_begin, int block_end, bool last_needed_only,
@@ -246,14 +266,17 @@ void Decoder::run_in_channels(const Batch& batch, int thread_idx, int block_begi
         const Rows& normed =
             prepare_all(block.qkv, residual_, stride, block.input_norm, batch.num_rows, false, thread_idx);
         if (thread_idx == 0) watch(block, kQkv, normed, batch.num_rows);
+        mark(thread_idx, layer, Operator::qkv_input);
         multiply_claimed(block.qkv, normed, batch.num_rows, Epilogue::store, block.qkv_bias, qkv_.as<float>(),
                          qkv_stride_, thread_idx, stage);
+        mark(thread_idx, layer, Operator::qkv);
         if (!single_rows_) {
             share_out(batch.num_rows, thread_idx, stage, [&](int row) {
                 rotate_row(batch, block, row);
                 store_rows(batch, layer, row, row + 1);
             });
-            team_->barrier();
+            meet(thread_idx);
+            mark(thread_idx, layer, Operator::cache);
             if (!exchange_layer(layer, thread_idx)) return;
             if (!patterns_.empty()) seal_blocks(layer, thread_idx, stage);
         }
@@ -261,7 +284,8 @@ void Decoder::run_in_channels(const Batch& batch, int thread_idx, int block_begi
         const auto& tasks = needed_only && !single_rows_ ? needed_tasks_ : tasks_;
         share_out(static_cast<int>(tasks.size()), thread_idx, stage,
                   [&](int task) { attend(batch, block, layer, tasks[task], worker); });
-        team_->barrier();
+        meet(thread_idx);
+        mark(thread_idx, layer, Operator::attention);
         if (needed_only) {
             if (batch.num_logit_rows == 0) return;
             gather_needed(batch, thread_idx);
@@ -277,8 +301,18 @@ void Decoder::finish(const Batch& batch, int thread_idx, float* logits, int& sta
     const size_t stride = static_cast<size_t>(round_up(shape_.hidden_size, kPanel));
     const Rows& rows =
         prepare_all(head_, needed_x_.as<float>(), stride, final_norm_, batch.num_logit_rows, false, thread_idx);
+    mark(thread_idx, shape_.num_layers, Operator::head_input);
     multiply_claimed(head_, rows, batch.num_logit_rows, Epilogue::store, nullptr, logits, logit_stride(), thread_idx,
                      stage);
+    mark(thread_idx, shape_.num_layers, Operator::head);
+}
+
+void Decoder::finish_hidden(const Batch& batch, int thread_idx, float* hidden) {
+    const size_t stride = hidden_stride();
+    for (int i = thread_idx; i < batch.num_logit_rows; i += team_->size()) {
+        table_->rms_norm(needed_x_.as<float>() + i * stride, final_norm_, shape_.epsilon, shape_.hidden_size,
+                         hidden + i * stride);
+    }
 }
 
 }  // namespace dseek
