@@ -10,7 +10,7 @@ CPP_FILES = $(shell find src/dseek/ops/csrc -name '*.cpp' -o -name '*.h' -o -nam
 # The kernels are built by whatever cmake and ninja the environment holds; PATH goes first so that both are found.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help venv dev native run test rows sanitize lint format flags bench clean
+.PHONY: help venv dev native run test browser rows sanitize lint format flags bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -49,6 +49,11 @@ test: dev ## the tests, two files at a time; then those that watch terminals, cl
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
 	    --ignore tests/cli --ignore tests/hardware --ignore tests/contracts
 	$(BIN)/python -m pytest tests/cli tests/hardware tests/contracts
+
+browser: dev ## the web page in Chromium (installed by apt where it is missing and this is root)
+	command -v chromium >/dev/null || { [ "$$(id -u)" -eq 0 ] && apt-get update -qq && \
+	    apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
+	$(BIN)/python -m pytest -m browser tests/serve
 
 rows: dev ## run benchmark rows on their smallest sizes, to see that they work (minutes)
 	$(BIN)/python -m pytest -m rows tests/benchmarks

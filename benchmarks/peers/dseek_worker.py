@@ -26,7 +26,8 @@ class DseekWorker(Worker):
     def load(self, path: str, threads: int, context_tokens: int, options: dict[str, Any] | None = None) -> Answer:
         """See `worker`."""
         started = time.perf_counter()
-        wanted = {"attention": "dense", **(options or {})}
+        # Prompts are repeated, and every run is to compute them, as with the peers.
+        wanted = {"attention": "dense", "prefix_cache": False, **(options or {})}
         self.llm = dseek.load(path, threads=threads, context=context_tokens, **wanted)
         return {"load_s": time.perf_counter() - started, "version": dseek.__version__, **self.plan()}
 
@@ -62,6 +63,13 @@ class DseekWorker(Worker):
         """See `worker`."""
         outputs = self.generate_batch([token_ids], num_tokens)
         return {"token_ids": outputs["token_ids"][0], **{key: outputs[key] for key in ("first_token_s", "token_s")}}
+
+    def generate_many(self, prompts: list[list[int]], num_tokens: int) -> Answer:
+        """See `worker`."""
+        started = time.perf_counter()
+        outputs = self.llm.generate(prompts, max_new_tokens=num_tokens, ignore_eos=True, detokenize=False)
+        whole_s = time.perf_counter() - started
+        return {"token_ids": [list(output.token_ids) for output in outputs], "whole_s": whole_s}
 
     def generate_batch(self, prompts: list[list[int]], num_tokens: int) -> Answer:
         """Answer several prompts at once.

@@ -29,7 +29,9 @@ class LlamaCppWorker(Worker):
         if not self.model:
             raise ValueError(f"llama.cpp could not load {path}")
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx = context_tokens
+        streams = (options or {}).get("streams", 1)
+        params.n_ctx = context_tokens * streams
+        params.n_seq_max = streams
         params.n_batch = BATCH_TOKENS
         params.n_threads = threads
         params.n_threads_batch = threads
@@ -60,6 +62,39 @@ class LlamaCppWorker(Worker):
             answer.append(self._best())
             times.append(time.perf_counter())
         return {"token_ids": answer, "first_token_s": times[0] - started, "token_s": steady_token_s(times)}
+
+    def generate_many(self, prompts: list[list[int]], num_tokens: int) -> Answer:
+        """See `worker`."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
+        answers: list[list[int]] = [[] for _ in prompts]
+        started = time.perf_counter()
+        queue = [(seq, pos, token) for seq, ids in enumerate(prompts) for pos, token in enumerate(ids)]
+        last = {seq: len(ids) - 1 for seq, ids in enumerate(prompts)}
+        for first in range(0, len(queue), BATCH_TOKENS):
+            self._step(queue[first : first + BATCH_TOKENS], last, answers)
+        for index in range(1, num_tokens):
+            rows = [(seq, len(ids) + index - 1, answers[seq][-1]) for seq, ids in enumerate(prompts)]
+            self._step(rows, {seq: pos for seq, pos, _ in rows}, answers)
+        return {"token_ids": answers, "whole_s": time.perf_counter() - started}
+
+    def _step(self, rows: list[tuple[int, int, int]], last: dict[int, int], answers: list[list[int]]) -> None:
+        """Compute rows of several sequences; append the likeliest token after each sequence's last row."""
+        batch = llama_cpp.llama_batch_init(len(rows), 0, 1)
+        try:
+            batch.n_tokens = len(rows)
+            for index, (seq, pos, token) in enumerate(rows):
+                batch.token[index], batch.pos[index] = token, pos
+                batch.n_seq_id[index], batch.seq_id[index][0] = 1, seq
+                batch.logits[index] = int(pos == last[seq])
+            status = llama_cpp.llama_decode(self.context, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode returned {status}")
+        for index, (seq, pos, _) in enumerate(rows):
+            if pos == last[seq]:
+                logits = llama_cpp.llama_get_logits_ith(self.context, index)
+                answers[seq].append(int(np.ctypeslib.as_array(logits, shape=(self.vocab_size,)).argmax()))
 
     def start(
         self, path: str, threads: int, context_tokens: int, prompt: str, options: dict[str, Any] | None = None

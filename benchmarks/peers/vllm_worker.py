@@ -43,6 +43,15 @@ class VllmWorker(Worker):
             "token_s": decode_s / (num_tokens - 1) if num_tokens > 1 else 0.0,
         }
 
+    def generate_many(self, prompts: list[list[int]], num_tokens: int) -> Answer:
+        """See `worker`."""
+        params = vllm.SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
+        given = [{"prompt_token_ids": token_ids} for token_ids in prompts]
+        started = time.perf_counter()
+        outputs = self.engine.generate(given, params, use_tqdm=False)
+        whole_s = time.perf_counter() - started
+        return {"token_ids": [list(output.outputs[0].token_ids) for output in outputs], "whole_s": whole_s}
+
 
 if __name__ == "__main__":
     serve(VllmWorker())

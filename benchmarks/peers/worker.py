@@ -7,6 +7,8 @@ Whatever the engine prints goes to stderr. Operations (a worker may lack some):
 - `load` path, threads, context_tokens, options: make the engine ready.
 - `generate` token_ids, num_tokens: greedy, end tokens ignored, nothing reused from earlier prompts; gives `token_ids`,
   `first_token_s` (prompt tokens ready, to the first token known) and `token_s` (steady seconds a token after that).
+- `generate_many` prompts, num_tokens: the same for several prompts at once, by the engine's own batching; gives
+  `token_ids` of each and `whole_s`, from the prompts' tokens being ready to the last token of all.
 - `start` path, threads, context_tokens, prompt, options: load in a process that has done nothing but import the engine,
   and answer a text; gives `first_token_s` counted from before the load, `first_token_at_s` (the same moment on
   `time.monotonic`, which all processes of a Linux system share), and `token_ids` (or `token_id`).

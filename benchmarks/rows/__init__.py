@@ -310,6 +310,80 @@ _ALL = (
         "batch 1 and 32; the ratio is the least share of a bar",
         place="translation:bleu_int8",
     ),
+    Row(
+        name="exact-under-load",
+        claim="Answers of 48 streams at once over HTTP, greedy and seeded, that equal the same requests alone, "
+        "SmolLM2-135M, fp32",
+        place="serving:exact_under_load",
+        quick=True,
+    ),
+    Row(
+        name="gap-long-prompt",
+        claim="Longest gap of four streams while a prompt of 4096 tokens is computed beside them, SmolLM2-135M, int8, "
+        "over HTTP; bar 4 usual gaps",
+        place="serving:gap_long_prompt",
+        quick=True,
+    ),
+    Row(
+        name="prefix-reuse",
+        claim="Time to first token over HTTP of a prompt of 1984 tokens of which 1920 were computed before, "
+        "SmolLM2-135M, int8; peer dseek computing it anew",
+        place="serving:prefix_reuse",
+        min_ratio=5.0,
+        quick=True,
+    ),
+    Row(
+        name="streams",
+        claim="32 prompts of 128 tokens answered at once with 128 tokens, SmolLM2-135M, int8; peers OpenVINO GenAI "
+        "int8 with continuous batching, llama.cpp Q8_0, vLLM W8A8",
+        place="streams:streams",
+    ),
+    Row(
+        name="ttft-azure",
+        claim="Time to first token, p95, of 300 requests of the Azure conversation trace at a fifth of its rate, "
+        "SmolLM2-135M, int8, over HTTP; bar 2 s",
+        place="serving:ttft_azure",
+    ),
+    Row(
+        name="soak",
+        claim="Growth of the server's memory in half an hour under load with clients that leave, SmolLM2-135M, int8; "
+        "bar 5 %",
+        place="serving:soak",
+    ),
+    Row(
+        name="hostile",
+        claim="Of 10,000 hostile requests, those that are answered with an error of the usual form, while plain ones "
+        "are answered as before",
+        place="serving:hostile",
+        quick=True,
+    ),
+    Row(
+        name="sync",
+        claim="All-reduce of float32 between processes of one host, 64 MiB and 1 MiB, 2 and 4 processes; peer gloo; "
+        "the ratio is the smallest of the four",
+        place="transport:sync",
+        min_ratio=2.0,
+        quick=True,
+    ),
+    Row(
+        name="handover",
+        claim="Broadcast of 256 MiB between two processes of one host; peer gloo",
+        place="transport:handover",
+        min_ratio=2.0,
+        quick=True,
+    ),
+    Row(
+        name="snapshot",
+        claim="Stall of a training that saves 256 MiB; peer torch.distributed.checkpoint.async_save",
+        place="checkpoints:snapshot",
+        quick=True,
+    ),
+    Row(
+        name="recovery",
+        claim="From the kill of one of two processes to the next step, bit-equal afterwards; peer torchrun",
+        place="checkpoints:recovery",
+        quick=True,
+    ),
 )
 
 ROWS: dict[str, Row] = {row.name: row for row in _ALL}

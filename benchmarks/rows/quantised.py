@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,10 @@ CALIBRATION_CHARACTERS = 1_000_000
 
 def quality_w8a8(settings: Settings) -> Outcome:
     """int8 weights with a scale a channel and int8 activations with a scale a token, rotated as dseek loads a model."""
-    texts = _measured_texts(settings)
+    texts = measured_texts(settings)
     path = models.own_path(MODEL)
-    own = _rotated(settings, path, texts)
-    wide = _reference(settings, texts, models.hf_folder(MODEL), path)
+    own = score_formats(settings, path, texts, lambda layer, num_layers: LayerFormats.uniform("i8c"))
+    wide = reference(settings, texts, models.hf_folder(MODEL), path)
     return _w8a8_outcome(settings, texts, own, wide)
 
 
@@ -58,14 +59,30 @@ def quality_w8a8_file(settings: Settings) -> Outcome:
     """The same without rotation, as a file for others has it; integers are chosen by calibration."""
     options = ["--enable_quantization", "int8"]
     folder = _quantised(settings, models.gguf_file(MODEL), "w8a8", options)
-    texts = _measured_texts(settings)
+    texts = measured_texts(settings)
     own = _score(settings, str(folder), {"precision": "int8", "max_quality_loss": 1e-6}, texts, formats=["i8p"])
-    wide = _reference(settings, texts, models.hf_folder(MODEL), models.own_path(MODEL))
+    wide = reference(settings, texts, models.hf_folder(MODEL), models.own_path(MODEL))
     return _w8a8_outcome(settings, texts, own, wide)
 
 
-def _rotated(settings: Settings, path: str, texts: dict[str, list[int]]) -> dict[str, dict[str, Any]]:
-    """Score texts through dseek's engine with every projection in the rotated format, whatever is fastest here."""
+FormatsOfLayer = Callable[[int, int], LayerFormats]
+"""Gives a layer's formats from its index and the number of layers."""
+
+
+def score_formats(
+    settings: Settings, path: str, texts: dict[str, list[int]], formats_of: FormatsOfLayer
+) -> dict[str, dict[str, Any]]:
+    """Score texts through dseek's engine with projections in given formats, whatever is fastest here.
+
+    Args:
+        settings: threads, smoke.
+        path: the model.
+        texts: token ids by name.
+        formats_of: the formats.
+
+    Returns:
+        `losses` and `best` of each text.
+    """
     window = _window(settings)
     with open_model(path) as files:
         made = plan.make(
@@ -78,7 +95,9 @@ def _rotated(settings: Settings, path: str, texts: dict[str, list[int]]) -> dict
             precision="int8",
             attention=AttentionWish(kind="dense"),
         )
-    made = dataclasses.replace(made, layer_formats=(LayerFormats.uniform("i8c"),) * len(made.layer_formats))
+    num_layers = len(made.layer_formats)
+    chosen = tuple(formats_of(layer, num_layers) for layer in range(num_layers))
+    made = dataclasses.replace(made, layer_formats=chosen)
     found: dict[str, dict[str, Any]] = {}
     with load(path, plan=made) as llm:
         for name, ids in texts.items():
@@ -111,9 +130,9 @@ def quality_int4_peers(settings: Settings) -> Outcome:
     """int4 in groups of 32 by calibration, beside what others make of the weights, off the grid of their 4-bit file."""
     source = models.off_grid_folder(MODEL, OFF_GRID_SEED, OFF_GRID_SPREAD)
     folder = _quantised(settings, source, "int4", ["--enable_quantization", "int4", "--group-size", "32"])
-    texts = _measured_texts(settings)
+    texts = measured_texts(settings)
     own = _score(settings, str(folder), {"precision": "int4", "max_quality_loss": 1e-6}, texts, formats=["i4g"])
-    wide = _reference(settings, texts, source, str(source))
+    wide = reference(settings, texts, source, str(source))
     form = f"off-grid-{OFF_GRID_SEED}-{OFF_GRID_SPREAD:g}"
     peers = [
         Entrant("torchao int4", "transformers", str(source), {"torchao_int4_groups": 32}),
@@ -217,8 +236,18 @@ def _joined_source(names: list[str]) -> str:
     return "\n".join(pieces)
 
 
-def _measured_texts(settings: Settings) -> dict[str, list[int]]:
-    """Token ids of source code and of prose that nothing was calibrated with."""
+def measured_texts(settings: Settings) -> dict[str, list[int]]:
+    """Give token ids of source code and of prose that nothing was calibrated with.
+
+    Args:
+        settings: smoke.
+
+    Returns:
+        `source` and `prose`.
+
+    Raises:
+        BenchmarkError: a text is too short.
+    """
     count = settings.pick(8 * WINDOW, 400)
     names = standard_library.shuffled(standard_library.held_out_files(), SEED)
     texts = {
@@ -247,10 +276,23 @@ def _score(
         return {name: call("nll", token_ids=ids, window=window) for name, ids in texts.items()}
 
 
-def _reference(
+def reference(
     settings: Settings, texts: dict[str, list[int]], folder: Path, own_path: str
 ) -> dict[str, dict[str, Any]]:
-    """Score texts with the wide weights in transformers, once dseek's own fp32 is seen to say the same."""
+    """Score texts with the wide weights in transformers, once dseek's own fp32 is seen to say the same.
+
+    Args:
+        settings: threads, smoke.
+        texts: token ids by name.
+        folder: the wide weights.
+        own_path: the same for dseek.
+
+    Returns:
+        `losses` and `best` of each text.
+
+    Raises:
+        IncorrectError: dseek's fp32 says something else.
+    """
     window = _window(settings)
     with PeerProcess("transformers", threads=settings.threads) as judge:
         judge.call("load", path=str(folder), threads=settings.threads, context_tokens=0)

@@ -73,7 +73,7 @@ def test_block_runs(block: Block, folder: Path, repo: Path, request: pytest.Fixt
 
 
 def test_links_lead_somewhere(repo: Path) -> None:
-    for page in ("README.md", "CONTRIBUTING.md", "docs/map.md", "docs/lab-log.md", "CHANGELOG.md"):
+    for page in ("README.md", "CONTRIBUTING.md", "docs/map.md", "docs/training.md", "docs/lab-log.md", "CHANGELOG.md"):
         source = repo / page
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", source.read_text()):
             assert (source.parent / target).exists(), f"{page}: {target}"

@@ -15,7 +15,7 @@ import numpy as np
 
 from dseek.core.attention_pattern import DENSE
 from dseek.engine.batch import Batch
-from dseek.engine.engine import Engine
+from dseek.engine.engine import Engine, EngineOptions
 from dseek.engine.llm import LLM
 from dseek.engine.runner import Runner
 
@@ -58,6 +58,17 @@ class FakeRunner(Runner):
                     logits.append(self.logits_after(history))
         return np.array(logits, dtype=np.float32).reshape(-1, VOCAB_SIZE)
 
+    def hidden(self, batch: Batch) -> np.ndarray:
+        """Four numbers a position: itself, its token, one, and the sum of tokens so far."""
+        self.forward(batch)
+        sums = []
+        for position in batch.positions.tolist():
+            slots = np.arange(position + 1)
+            pages = batch.page_tables[0, slots // self.page_tokens]
+            sums.append(int(self.cache[pages, slots % self.page_tokens].sum()))
+        columns = (batch.positions, batch.token_ids, np.ones(batch.num_rows), sums)
+        return np.stack(columns, axis=1)[batch.logit_rows].astype(np.float32)
+
     def logits_after(self, history: np.ndarray) -> np.ndarray:
         """Logits that follow a list of tokens."""
         if self.script is not None:
@@ -78,11 +89,14 @@ class FakeRunner(Runner):
         assert batch.row_starts[-1] == batch.num_rows
         assert (np.diff(batch.row_starts) > 0).all()
         assert (np.diff(batch.logit_rows) > 0).all()
-        used = batch.page_tables[batch.page_tables >= 0]
-        assert len(set(used.tolist())) == len(used), "two sequences share a page"
+        written: list[set[int]] = []
         for sequence in range(batch.num_sequences):
             positions = batch.positions[batch.row_starts[sequence] : batch.row_starts[sequence + 1]]
             assert (np.diff(positions) == 1).all()
+            written.append(set(batch.page_tables[sequence, positions // self.page_tokens].tolist()))
+        for sequence, table in enumerate(batch.page_tables.tolist()):
+            others = set().union(*written[:sequence], *written[sequence + 1 :])
+            assert not others.intersection(table), "a sequence's page is written by another"
 
     def close(self) -> None:
         self.closed = True
@@ -147,14 +161,17 @@ def make_plan(runner: FakeRunner, **changes: Any) -> Any:
         "cache_dtype": "fp32",
         "machine_id": "none",
         "attention_patterns": (DENSE,),
+        # Rows of prompts cost nothing, so that they are cut by the plan's chunk alone.
+        "predicted": SimpleNamespace(decode_tokens_s=1.0, prefill_tokens_s=1e12),
     }
     return SimpleNamespace(**(fields | changes))
 
 
 def make_engine(runner: FakeRunner | None = None, **changes: Any) -> Engine:
-    """An engine over a fake runner; `changes` are fields of the plan."""
+    """An engine over a fake runner; `changes` are fields of the plan and of `EngineOptions`."""
     runner = runner or FakeRunner()
-    return Engine(make_files(), make_plan(runner, **changes), runner)
+    options = {name: changes.pop(name) for name in EngineOptions.__dataclass_fields__ if name in changes}
+    return Engine(make_files(), make_plan(runner, **changes), runner, EngineOptions(**options))
 
 
 def make_llm(runner: FakeRunner | None = None, **changes: Any) -> LLM:

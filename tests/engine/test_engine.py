@@ -59,15 +59,6 @@ def test_a_step_stays_within_its_rows_and_answers_never_wait() -> None:
     assert [batch.num_rows for batch in engine.runner.batches[1:]] == [8] * 5  # type: ignore[attr-defined]
 
 
-def test_a_request_waits_until_its_pages_are_free() -> None:
-    engine = make_engine(FakeRunner(num_pages=10, page_tokens=4))
-    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
-    requests = [engine.add([7] * 8, params) for _ in range(3)]
-    engine.step()
-    assert len(engine.scheduler.running) == 2
-    assert run_all(engine, requests) == [alone([7] * 8, params)] * 3
-
-
 def test_an_answer_ends_at_the_end_token_the_length_or_the_context() -> None:
     runner = FakeRunner(num_pages=5, page_tokens=4)
     runner.script, runner.prompt_tokens = b"abc", 3

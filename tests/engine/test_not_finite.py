@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 import dseek
 from dseek.core.errors import ConfigError, FileFormatError, NotFiniteError
 from dseek.engine import number_trace
-from dseek.engine.engine import first_bad_row
+from dseek.engine.finite import first_bad_row
 from dseek.engine.llm import LLM
 from dseek.models.files import open_model
 from dseek.ops import native

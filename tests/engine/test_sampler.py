@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 
 from dseek.core.errors import RequestError
 from dseek.engine.request import SamplingParams
-from dseek.engine.sampler import Sampler, distribution, sample
+from dseek.engine.sampler import Sampler, distribution
 
 SETTINGS: list[dict[str, Any]] = [
     {"temperature": 1.0},
@@ -112,13 +111,11 @@ def test_a_seed_decides_whatever_is_beside() -> None:
     logits = np.stack([random_logits(seed) for seed in range(4)])
     params = SamplingParams(temperature=1.0, seed=11)
 
-    def request() -> Any:
-        return SimpleNamespace(sampler=Sampler(params), token_ids=[1])
-
-    alone = request()
-    expected = [sample(logits[2:3], [alone])[0] for _ in range(10)]
-    crowd = [request() for _ in range(4)]
-    assert [sample(logits, crowd)[2] for _ in range(10)] == expected
+    alone = Sampler(params)
+    expected = [alone.choose(logits[2], [1]) for _ in range(10)]
+    crowd = [Sampler(params) for _ in range(4)]
+    answers = [[sampler.choose(row, [1]) for sampler, row in zip(crowd, logits, strict=True)] for _ in range(10)]
+    assert [answer[2] for answer in answers] == expected
     assert len(set(expected)) > 1
     other = Sampler(SamplingParams(temperature=1.0, seed=12))
     assert [other.choose(logits[2], []) for _ in range(10)] != expected
@@ -160,6 +157,10 @@ def test_some_tokens_may_be_forbidden_by_minus_infinity() -> None:
         ("min_p", -0.1),
         ("min_p", 2.0),
         ("repetition_penalty", 0.0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")),
+        ("logit_bias", ((1, 101.0),)),
+        ("logprobs", 21),
         ("seed", -1),
         ("seed", 2**63),
         ("max_new_tokens", 0),
@@ -175,3 +176,22 @@ def test_bad_values_are_refused_by_name(name: str, value: Any) -> None:
 def test_stop_texts_need_text() -> None:
     with pytest.raises(RequestError, match="stop"):
         SamplingParams(stop=("x",), detokenize=False)
+
+
+def test_bias_presence_and_frequency_are_those_of_the_interface() -> None:
+    logits = random_logits(3, vocab_size=12)
+    text = [0, 1, 5, 5, 7]
+    params = SamplingParams(
+        presence_penalty=0.5, frequency_penalty=-0.25, logit_bias=((1, 2.0), (9, -100.0), (99, 1.0))
+    )
+    sampler = Sampler(params, num_prompt_tokens=2)
+    for length in range(2, len(text) + 1):  # it follows a text that grows
+        changed = sampler._changed(logits, text[:length])
+    expected = logits.copy()
+    expected[1] += 2
+    expected[9] -= 100
+    expected[5] -= 0.5 - 2 * 0.25
+    expected[7] -= 0.5 - 0.25
+    np.testing.assert_allclose(changed, expected, atol=1e-5)
+    assert sampler.choose(logits, text) == int(expected.argmax())
+    assert Sampler(SamplingParams(logit_bias=((4, 100.0),))).choose(logits, []) == 4

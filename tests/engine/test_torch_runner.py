@@ -40,6 +40,7 @@ def make_plan(**changes: Any) -> Any:
         "prefill_chunk_tokens": 64,
         "attention_patterns": (DENSE,),
         "activation_limits": (),
+        "predicted": SimpleNamespace(decode_tokens_s=100.0, prefill_tokens_s=1000.0),
     }
     return SimpleNamespace(**(fields | changes))
 

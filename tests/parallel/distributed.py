@@ -1,4 +1,4 @@
-"""Runs a function on the ranks of a gloo group, one process a rank, and brings back results or the first traceback."""
+"""Runs a function on the ranks of a process group, one process each; brings back results or the first traceback."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ class RankError(AssertionError):
     """A rank raised, died or hung; the message holds its traceback."""
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, hang_s: float = HANG_S) -> list[Any]:
+def run_ranks(
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    hang_s: float = HANG_S,
+    backend: str = "gloo",
+    may_die: tuple[int, ...] = (),
+) -> list[Any]:
     """Call a function on every rank of a group.
 
     Args:
@@ -30,6 +37,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ha
             exists. What it returns must pickle (NumPy arrays, not tensors).
         arguments: further arguments.
         hang_s: seconds after which missing ranks are taken to hang.
+        backend: of the group; "dseek" is registered first, "dseek:tcp" is the same over TCP.
+        may_die: ranks whose death is no failure; they return None.
 
     Returns:
         What each rank returned.
@@ -38,28 +47,29 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ha
         RankError: a rank raised (the first to report counts, since its peers then fail too), died or hung.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["pytest", "torch", "torch.distributed.tensor", "dseek.parallel.transport"])
     with tempfile.TemporaryDirectory() as folder:
         readers: dict[Connection, int] = {}
         processes = []
         for rank in range(world_size):
             reader, writer = context.Pipe(duplex=False)
             process = context.Process(
-                target=_run, args=(writer, rank, world_size, str(Path(folder) / "store"), hang_s, function, arguments)
+                target=_run,
+                args=(writer, rank, world_size, str(Path(folder) / "store"), hang_s, backend, function, arguments),
             )
             process.start()
             writer.close()
             readers[reader] = rank
             processes.append(process)
         try:
-            return _collect(readers, world_size, hang_s)
+            return _collect(readers, world_size, hang_s, may_die)
         finally:
             for process in processes:
                 process.kill()
                 process.join()
 
 
-def _collect(readers: dict[Connection, int], world_size: int, hang_s: float) -> list[Any]:
+def _collect(readers: dict[Connection, int], world_size: int, hang_s: float, may_die: tuple[int, ...]) -> list[Any]:
     """Wait for every rank's report; see `run_ranks`."""
     results: dict[int, Any] = {}
     end = time.monotonic() + hang_s
@@ -73,6 +83,9 @@ def _collect(readers: dict[Connection, int], world_size: int, hang_s: float) -> 
             try:
                 is_result, payload = reader.recv()
             except EOFError:
+                if rank in may_die:
+                    results[rank] = None
+                    continue
                 raise RankError(f"rank {rank} of {world_size} died") from None
             if not is_result:
                 raise RankError(f"rank {rank} of {world_size} raised\n{payload}")
@@ -86,6 +99,7 @@ def _run(
     world_size: int,
     store: str,
     hang_s: float,
+    backend: str,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -95,17 +109,23 @@ def _run(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    backend, _, transport = backend.partition(":")
+    if backend == "dseek":
+        os.environ["DSEEK_TRANSPORT"] = transport or "auto"
+    import dseek.parallel.transport  # noqa: F401  (registers the backend)
+
     try:
         # A file, not a port: two runs at a time cannot meet. The parent gives up before the group does.
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=f"file://{store}",
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=2 * hang_s),
         )
         report = (True, function(rank, world_size, *arguments))
-        dist.barrier()
+        if dist.is_initialized():  # a function that breaks its group on purpose ends it
+            dist.barrier()
     except BaseException:
         report = (False, traceback.format_exc())
     # The report goes out before the process ends, hence before its peers see a closed connection.

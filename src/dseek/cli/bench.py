@@ -114,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
     contexts = args.contexts or DEFAULT_CONTEXTS
     needed = max(contexts) + args.tokens
     ranks = ranks_from(args)
-    with load_from(args, batch=max(args.batches), **_job(args, needed)) as llm:
+    # Every prompt is to be computed whole, whatever was measured before it.
+    with load_from(args, batch=max(args.batches), prefix_cache=False, **_job(args, needed)) as llm:
         check_fits(llm.plan, needed, max(args.batches))
         measured = planned_machine(llm.plan)
         machine = None if measured is None else corrected_machine(measured, ignore=args.no_history)

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from dseek.cli.engine_options import add_prefix_cache_option, add_speculation_option, guesses_line
 from dseek.cli.options import (
     add_model,
     add_request_options,
@@ -48,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print no speeds on stderr")
     add_sampling(parser, max_tokens=1024, temperature=0.6)
     add_run_options(parser)
+    add_speculation_option(parser)
+    add_prefix_cache_option(parser)
     add_request_options(parser)
 
 
@@ -210,7 +213,8 @@ def _answer(conversation: Conversation, message: str, *, quiet: bool) -> None:
     if output is not None and not quiet:
         from dseek.cli.report import planned_machine, speed_line
 
-        notes.append(speed_line(output, conversation.llm.plan, planned_machine(conversation.llm.plan)))
+        speeds = speed_line(output, conversation.llm.plan, planned_machine(conversation.llm.plan))
+        notes.append(speeds + guesses_line(conversation.llm))
     if notes:
         print(f"[{'; '.join(notes)}]", file=sys.stderr, flush=True)
 

@@ -8,6 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from dseek.cli.engine_options import add_speculation_option, guesses, guesses_line
 from dseek.cli.options import (
     add_json,
     add_model,
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print no speeds on stderr")
     add_sampling(parser, max_tokens=128, temperature=0.0)
     add_run_options(parser)
+    add_speculation_option(parser)
     add_shard_option(parser)
     add_json(parser)
 
@@ -153,11 +155,12 @@ def _finish(args: argparse.Namespace, llm: LLM, request: Request, load_s: float)
             "num_threads": llm.plan.num_threads,
             "load_s": load_s,
             **fallbacks(llm),
+            **guesses(llm),
             **speeds(output, llm.plan, machine),
         }
         print(json.dumps(found))
         return
     print(flush=True)
     if not args.quiet:
-        print(f"dseek: {speed_line(output, llm.plan, machine)}", file=sys.stderr)
+        print(f"dseek: {speed_line(output, llm.plan, machine)}{guesses_line(llm)}", file=sys.stderr)
         print(f"dseek: {plan_line(llm.plan)}; ready after {load_s:.2f} s{fallback_line(llm)}", file=sys.stderr)

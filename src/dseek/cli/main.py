@@ -23,6 +23,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "plan": ("dseek.cli.plan", "plan a run of a model and explain the choices"),
     "generate": ("dseek.cli.generate", "answer one prompt"),
     "chat": ("dseek.cli.chat", "talk with a model in the terminal"),
+    "serve": ("dseek.cli.serve", "serve a model over HTTP: an OpenAI-compatible API and a web page"),
+    "bench-serve": (
+        "dseek.cli.bench_serve",
+        "replay a trace of arrivals against a server: time to first token, between tokens, goodput",
+    ),
     "bench": ("dseek.cli.bench", "measure prefill and decode beside what the plan predicted"),
     "profile": ("dseek.cli.profile", "show where a run's time goes, beside the roofline, and what would help"),
     "tune": ("dseek.cli.tune", "find the batch size of least time a token by measurement"),
@@ -31,6 +36,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "quantize": ("dseek.cli.quantize", "write a model with integer weights, as compressed-tensors or GGUF"),
     "export": ("dseek.cli.export", "write a model as a Hugging Face folder or a GGUF file"),
     "translate": ("dseek.cli.translate", "translate lines of text with an encoder-decoder"),
+    "train": ("dseek.cli.train", "pretrain or fine-tune a model as a TOML file says"),
+    "checkpoint": ("dseek.cli.checkpoint", "list, verify, restore or clean up a training's checkpoints"),
     "train-gate": ("dseek.cli.train_gate", "train the gate that chooses blocks for dynamic attention"),
 }
 """Verb: its module and the line that `dseek --help` shows (the module's `HELP` says the same)."""

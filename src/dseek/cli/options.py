@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from dseek.cli.engine_options import engine_options_from
 from dseek.cli.precision_options import add_precision_options, precision_from
 from dseek.core.attention_pattern import KINDS, WINDOWS
 from dseek.core.errors import DseekError
@@ -379,6 +380,7 @@ def load_from(args: argparse.Namespace, files: ModelFiles | None = None, **overr
         "max_position_embeddings": args.max_position_embeddings,
         "rope_scaling": args.rope_scaling,
         **attention_from(args),
+        **engine_options_from(args),
     }
     options["shard_strategy"] = getattr(args, "shard_strategy", None)
     options.update(overrides)

@@ -132,16 +132,18 @@ def speeds(output: RequestOutput, plan: Plan, machine: Machine | None) -> dict[s
     num_prompt = len(output.prompt_token_ids)
     found: dict[str, Any] = {
         "num_prompt_tokens": num_prompt,
+        "num_cached_tokens": output.num_cached_tokens,
         "num_tokens": len(output.token_ids),
         "first_token_s": output.first_token_s,
         "prefill_tokens_s": output.prefill_tokens_s,
         "decode_tokens_s": output.decode_tokens_s,
     }
     if bounds is not None:
-        found["prefill_limit_share"] = bounds.prefill_share(output.prefill_tokens_s, num_prompt)
-        found["decode_gbs"] = output.decode_tokens_s * bounds.streamed_bytes / 1e9
+        num_computed = num_prompt - output.num_cached_tokens
+        found["prefill_limit_share"] = bounds.prefill_share(output.prefill_tokens_s, num_computed)
+        found["decode_gbs"] = output.decode_steps_s * bounds.streamed_bytes / 1e9
         found["decode_limit_gbs"] = bounds.bandwidth_gbs
-        found["decode_limit_share"] = bounds.decode_share(output.decode_tokens_s)
+        found["decode_limit_share"] = bounds.decode_share(output.decode_steps_s)
     return found
 
 
@@ -158,6 +160,8 @@ def speed_line(output: RequestOutput, plan: Plan, machine: Machine | None) -> st
     """
     found = speeds(output, plan, machine)
     prefill = f"prompt {found['num_prompt_tokens']} tokens in {output.first_token_s * 1e3:,.0f} ms"
+    if output.num_cached_tokens:
+        prefill += f", {output.num_cached_tokens} of them from the cache"
     prefill += f" ({found['prefill_tokens_s']:,.0f} tokens/s"
     decode = f"answer {found['num_tokens']} tokens"
     if output.decode_s > 0:

@@ -80,14 +80,25 @@ def load_toml(kind: type[T], path: str | Path) -> T:
     Raises:
         ConfigError: the file is not there, is not TOML, or does not fit `kind`.
     """
+    return from_mapping(kind, read_toml(path), where=str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file as plain data.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ConfigError: the file is not there or is not TOML.
+    """
     import tomllib  # what starts quickly reads JSON only
 
     text = _read_text(Path(path))
     try:
-        data = tomllib.loads(text)
+        return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    return from_mapping(kind, data, where=str(path))
 
 
 def parse_json(text: str, *, where: str) -> Any:

@@ -18,6 +18,7 @@ Value = str | int | Path | None
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PRECISION_MODES = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
+TRANSPORTS = ("auto", "shared_memory", "tcp")
 KERNEL_VARIANTS = ("auto", "torch", "generic", "avx2", "avx512", "amx")
 
 
@@ -91,17 +92,27 @@ VARIABLES: dict[str, Variable] = {
             default=lambda _: None,
         ),
         _choice("DSEEK_KERNELS", "kernel variant; torch runs without the native kernels", KERNEL_VARIANTS, "auto"),
+        Variable(
+            name="DSEEK_LEASE",
+            summary="file in which a supervised training process counts its steps; the supervisor sets it",
+            expected="a file's path",
+            parse=_parse_path,
+            default=lambda _: None,
+        ),
+        _choice("DSEEK_TRANSPORT", "how ranks of the dseek process group are connected", TRANSPORTS, "auto"),
     )
 }
 """Every variable, by name."""
 
 
 @overload
-def get(name: Literal["DSEEK_LOG_LEVEL", "DSEEK_PRECISION_MODE", "DSEEK_KERNELS"]) -> str: ...
+def get(name: Literal["DSEEK_LOG_LEVEL", "DSEEK_PRECISION_MODE", "DSEEK_KERNELS", "DSEEK_TRANSPORT"]) -> str: ...
 @overload
 def get(name: Literal["DSEEK_CACHE_DIR"]) -> Path: ...
 @overload
 def get(name: Literal["DSEEK_NUM_THREADS"]) -> int | None: ...
+@overload
+def get(name: Literal["DSEEK_LEASE"]) -> Path | None: ...
 def get(name: str) -> Value:
     """Return the checked value of a `DSEEK_*` variable, or its default.
 

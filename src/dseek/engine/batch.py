@@ -52,8 +52,8 @@ def gather(requests: Sequence[Request]) -> Batch:
     """Collect the scheduled rows of requests.
 
     Args:
-        requests: each with `num_scheduled` rows to compute after its `num_computed`; logits are asked for the last row
-            of each that has no token left to compute afterwards.
+        requests: each with `num_scheduled` rows to compute after its `num_computed`. Where that leaves no token to
+            compute, its drafts follow, and logits are asked for its last token and each draft.
 
     Returns:
         The batch, sequences in the order of the requests.
@@ -70,13 +70,17 @@ def gather(requests: Sequence[Request]) -> Batch:
         else:
             token_ids.extend(request.token_ids[start:end])
             positions.extend(range(start, end))
-        row_starts.append(len(token_ids))
         if end == len(request.token_ids):
             logit_rows.append(len(token_ids) - 1)
-    width = max(len(request.page_table) for request in requests)
+            if request.drafts:
+                logit_rows.extend(range(len(token_ids), len(token_ids) + len(request.drafts)))
+                token_ids.extend(request.drafts)
+                positions.extend(range(end, end + len(request.drafts)))
+        row_starts.append(len(token_ids))
+    width = max(len(request.pages) for request in requests)
     page_tables = np.full((len(requests), width), -1, dtype=np.int32)
     for row, request in zip(page_tables, requests, strict=True):
-        row[: len(request.page_table)] = request.page_table
+        row[: len(request.pages)] = request.page_table[: len(request.pages)]
     return Batch(
         np.array(token_ids, dtype=np.int32),
         np.array(positions, dtype=np.int32),

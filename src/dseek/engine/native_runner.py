@@ -78,8 +78,18 @@ class NativeRunner(Runner):
         Returns:
             float32 [L, V].
         """
-        logits = self._forward(batch)
-        return logits if self.guard is None else self._within_limits(batch, logits, self.guard)
+        return self._guarded(batch)
+
+    def hidden(self, batch: Batch) -> np.ndarray:
+        """Compute every row of a batch; see `Runner.hidden`.
+
+        Args:
+            batch: the rows.
+
+        Returns:
+            float32 [L, D].
+        """
+        return self._guarded(batch, hidden=True)
 
     def forward_part(self, part: Batch, whole: Batch, exchange: Callable[[int], None]) -> np.ndarray:
         """Compute some rows of a batch whose other rows somebody else computes.
@@ -101,6 +111,11 @@ class NativeRunner(Runner):
             self._decoder.take_exceeded()  # it is of this batch, and the next one is watched
         return logits
 
+    def _guarded(self, batch: Batch, **options: Any) -> np.ndarray:
+        """Run a batch within the plan's limits, where it has some."""
+        out = self._forward(batch, **options)
+        return out if self.guard is None else self._within_limits(batch, out, self.guard, options)
+
     def _forward(self, batch: Batch, **options: Any) -> np.ndarray:
         assert self._decoder is not None, "the runner is closed"
         arrays = (batch.token_ids, batch.positions, batch.row_starts, batch.page_tables, batch.logit_rows)
@@ -108,7 +123,9 @@ class NativeRunner(Runner):
             logits: np.ndarray = self._decoder.forward(*arrays, **options)
         return logits
 
-    def _within_limits(self, batch: Batch, logits: np.ndarray, guard: ActivationGuard) -> np.ndarray:
+    def _within_limits(
+        self, batch: Batch, out: np.ndarray, guard: ActivationGuard, options: dict[str, Any]
+    ) -> np.ndarray:
         """Compute a batch again with wider layers until no other layer's inputs are beyond the plan's limits."""
         decoder = self._decoder
         assert decoder is not None
@@ -121,11 +138,11 @@ class NativeRunner(Runner):
                     self._widen(layer)
                     decoder.swap_wide(layer)
                     wider.add(layer)
-                logits = self._forward(batch)
+                out = self._forward(batch, **options)
         finally:
             for layer in wider:
                 decoder.swap_wide(layer)
-        return logits
+        return out
 
     def _widen(self, layer: int) -> None:
         """Pack a layer's weights in the wide format, the first time."""

@@ -9,63 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from dseek.core.errors import RequestError
+from dseek.core.errors import DseekError
 from dseek.engine.sampler import Sampler
+from dseek.engine.sampling_params import MAX_LOGPROBS, MAX_SEED, SamplingParams
 from dseek.engine.text import TextAssembler
 
-MAX_SEED = 2**63 - 1
-"""Largest seed."""
+if TYPE_CHECKING:
+    from dseek.engine.logprobs import TokenLogprobs
+    from dseek.engine.lookup import DraftState
+    from dseek.engine.token_filter import TokenFilter
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """How the next token is chosen and when an answer ends; checked when it is made.
-
-    The filters work as in Hugging Face `generate`: repetition penalty, temperature, top-k, top-p, min-p, in this order.
-    """
-
-    temperature: float = 0.0
-    """Divides the logits; 0 takes the likeliest token and ignores the filters."""
-    top_k: int = 0
-    """Keep the k likeliest tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the likeliest tokens until their probabilities sum to p; 1 keeps all."""
-    min_p: float = 0.0
-    """Drop tokens less likely than p times the likeliest; 0 keeps all."""
-    repetition_penalty: float = 1.0
-    """Logits of tokens already in prompt or answer are divided by it (multiplied where negative); greedy too."""
-    seed: int | None = None
-    """Makes the answer repeatable, whatever else runs beside it; None draws a fresh seed."""
-    max_new_tokens: int = 128
-    """Longest answer in tokens; the context may end it earlier."""
-    stop: tuple[str, ...] = ()
-    """Texts that end the answer; none of them becomes part of it."""
-    ignore_eos: bool = False
-    """Go on past the model's end token (for measurements)."""
-    detokenize: bool = True
-    """Make text of the tokens; False saves the work where only ids matter."""
-
-    def __post_init__(self) -> None:
-        _require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "0 or more")
-        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
-        _require(0 < self.repetition_penalty < float("inf"), "repetition_penalty", self.repetition_penalty, "above 0")
-        _require(self.seed is None or 0 <= self.seed <= MAX_SEED, "seed", self.seed, f"from 0 to {MAX_SEED}")
-        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _require(not isinstance(self.stop, str), "stop", self.stop, "a tuple of texts")
-        _require(all(self.stop), "stop", self.stop, "texts that are not empty")
-        _require(self.detokenize or not self.stop, "stop", self.stop, "detokenize=True, stop texts need the text")
-
-
-def _require(holds: bool, name: str, value: object, needed: str) -> None:
-    """Raise a `RequestError` about a sampling parameter unless the condition holds."""
-    if not holds:
-        raise RequestError(f"{name} is {value!r}", needed=needed)
+__all__ = ["MAX_LOGPROBS", "MAX_SEED", "Request", "RequestOutput", "SamplingParams", "TokenStream"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,21 +39,33 @@ class RequestOutput:
     text: str
     """The answer without special tokens and without the stop text."""
     finish_reason: str
-    """stop (end token or stop text), length (answer or context full) or abort."""
+    """stop (end token or stop text), length (answer or context full), abort or error."""
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for each token of the answer, where they were asked for."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were found in the prefix cache."""
     first_token_s: float
     """Seconds from the request's arrival to its first token; 0 if there is none."""
     decode_s: float
     """Seconds from the first token to the last."""
+    num_steps: int
+    """Steps that gave it tokens: fewer than tokens where several were guessed at once."""
 
     @property
     def prefill_tokens_s(self) -> float:
-        """Prompt tokens a second until the first token (waiting for other requests included)."""
-        return len(self.prompt_token_ids) / self.first_token_s if self.first_token_s > 0 else 0.0
+        """Computed prompt tokens a second until the first token (waiting for other requests included)."""
+        num_computed = len(self.prompt_token_ids) - self.num_cached_tokens
+        return num_computed / self.first_token_s if self.first_token_s > 0 else 0.0
 
     @property
     def decode_tokens_s(self) -> float:
         """Tokens a second after the first one; 0 for an answer of one token."""
         return (len(self.token_ids) - 1) / self.decode_s if self.decode_s > 0 else 0.0
+
+    @property
+    def decode_steps_s(self) -> float:
+        """Steps a second after the first token, each of which read the weights once; 0 for an answer of one token."""
+        return (self.num_steps - 1) / self.decode_s if self.decode_s > 0 else 0.0
 
 
 class TokenStream(Protocol):
@@ -125,25 +95,39 @@ class Request:
         eos_token_ids: ids that end the answer.
         max_tokens: prompt and answer together may not become longer.
         stream: makes text of the answer's ids; None makes no text.
+        priority: smaller numbers are computed first.
+        token_filter: keeps the answer to a grammar; None lets every token pass.
     """
 
     __slots__ = (
         "_assembler",
+        "_num_taken",
         "_stream",
         "arrival_s",
+        "draft_state",
+        "drafts",
         "eos_token_ids",
+        "error",
         "finish_reason",
         "first_token_s",
+        "full_pages",
         "last_token_s",
+        "logprobs",
         "max_tokens",
+        "names_pages",
+        "num_cached_tokens",
         "num_computed",
+        "num_named",
         "num_prompt_tokens",
         "num_scheduled",
+        "num_steps",
         "page_table",
         "pages",
         "params",
+        "priority",
         "request_id",
         "sampler",
+        "token_filter",
         "token_ids",
     )
 
@@ -156,25 +140,48 @@ class Request:
         eos_token_ids: frozenset[int],
         max_tokens: int,
         stream: TokenStream | None,
+        priority: int = 0,
+        token_filter: TokenFilter | None = None,
     ) -> None:
         self.request_id = request_id
         self.token_ids: list[int] = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.params = params
-        self.sampler = Sampler(params)
+        self.priority = priority
+        self.sampler = Sampler(params, self.num_prompt_tokens)
+        self.token_filter = token_filter
         self.eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
         self.max_tokens = min(max_tokens, self.num_prompt_tokens + params.max_new_tokens)
         self.num_computed = 0
         """Tokens whose keys and values are in the cache."""
         self.num_scheduled = 0
         """Rows of this request in the step that is running."""
+        self.num_steps = 0
+        """Steps that gave it tokens."""
+        self.drafts: list[int] = []
+        """Guesses of the tokens after the last, checked in the step that is running."""
+        self.draft_state: DraftState | None = None
+        """What speculation knows of this text."""
         self.pages: list[int] = []
         self.page_table = np.empty(0, dtype=np.int32)
-        """int32 [P], the same pages as a row of `Batch.page_tables`."""
+        """int32 [at least P], the same pages as they stand in `Batch.page_tables`."""
+        self.full_pages: list[tuple[bytes, bytes]] = []
+        """Names and tokens of full pages, for the prefix cache to fill."""
+        self.num_named = 0
+        """Pages that the prefix cache has seen full."""
+        self.names_pages = True
+        """Whether its pages follow pages that the prefix cache can find."""
+        self.num_cached_tokens = 0
+        """Prompt tokens that were found in the prefix cache when the request was first let in."""
         self.finish_reason: str | None = None
+        self.error: DseekError | None = None
+        """Why the request failed; None unless its `finish_reason` is error."""
+        self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        """One for each token of the answer, where they are asked for."""
         self.arrival_s = time.perf_counter()
         self.first_token_s = 0.0
         self.last_token_s = 0.0
+        self._num_taken = self.num_prompt_tokens
         self._stream = stream
         self._assembler = TextAssembler(params.stop)
 
@@ -187,6 +194,20 @@ class Request:
     def num_tokens(self) -> int:
         """Tokens of prompt and answer so far."""
         return len(self.token_ids)
+
+    def take_pages(self, pages: Sequence[int]) -> None:
+        """Append pages of the cache to its own.
+
+        Args:
+            pages: their indices.
+        """
+        start = len(self.pages)
+        self.pages += pages
+        if len(self.pages) > len(self.page_table):
+            grown = np.full(2 * len(self.pages), -1, dtype=np.int32)
+            grown[:start] = self.page_table[:start]
+            self.page_table = grown
+        self.page_table[start : len(self.pages)] = pages
 
     def accept(self, token_id: int, now_s: float) -> None:
         """Append a sampled token, make its text and decide whether the answer ends here.
@@ -220,6 +241,26 @@ class Request:
         self._assembler.flush()
         self.finish_reason = "stop" if stopped else reason
 
+    def fail(self, error: DseekError) -> None:
+        """End the request because it cannot go on; does nothing if it has ended already.
+
+        Args:
+            error: why, for whoever waits for the answer.
+        """
+        if self.finish_reason is None:
+            self.error = error
+            self.finish("error")
+            self.finish_reason = "error"
+
+    def take_tokens(self) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
+        """Return the tokens of the answer that are new since the last call, and their log-probabilities if any."""
+        start, self._num_taken = self._num_taken, len(self.token_ids)
+        token_ids = tuple(self.token_ids[start:])
+        if self.logprobs is None:
+            return token_ids, None
+        first = start - self.num_prompt_tokens
+        return token_ids, tuple(self.logprobs[first : first + len(token_ids)])
+
     def take_text(self) -> str:
         """Return the text that became final since the last call.
 
@@ -241,6 +282,9 @@ class Request:
             token_ids=tuple(self.token_ids[self.num_prompt_tokens :]),
             text=self._assembler.text,
             finish_reason=self.finish_reason or "abort",
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
+            num_cached_tokens=self.num_cached_tokens,
             first_token_s=self.first_token_s - self.arrival_s if answered else 0.0,
             decode_s=self.last_token_s - self.first_token_s if answered else 0.0,
+            num_steps=self.num_steps,
         )

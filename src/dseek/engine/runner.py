@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dseek.core.errors import ConfigError
 from dseek.engine.activation_guard import ActivationGuard
 from dseek.engine.batch import Batch
 
@@ -30,6 +31,9 @@ class Runner(ABC):
     guard: ActivationGuard | None = None
     """Counts what was computed in a wider dtype; None where nothing is watched."""
 
+    is_shared = False
+    """Whether other processes run the same steps, so that nothing may depend on what a clock says."""
+
     @abstractmethod
     def forward(self, batch: Batch) -> np.ndarray:
         """Compute every row of a batch and return the logits of the rows asked for.
@@ -41,6 +45,20 @@ class Runner(ABC):
             float32 [L, V], one row for each of `batch.logit_rows` ([0, V] when there are none). The array may be a
             buffer that the next call overwrites; a caller that keeps logits copies them.
         """
+
+    def hidden(self, batch: Batch) -> np.ndarray:
+        """Compute every row of a batch and return what the head would see of the rows asked for.
+
+        Args:
+            batch: as for `forward`.
+
+        Returns:
+            float32 [L, D], the last block's output after the final norm. May be a buffer that the next call overwrites.
+
+        Raises:
+            ConfigError: this runner does not give them.
+        """
+        raise ConfigError(f"hidden states from a {type(self).__name__}", needed="a runner that gives them")
 
     def fresh_seed(self) -> int | None:
         """Give the seed of a request that brings none, or None where it may draw one of its own.

@@ -1,8 +1,8 @@
 """`Sampler`: chooses the next token of one request from its logits.
 
-The filters follow Hugging Face `generate` (repetition penalty, temperature, top-k, top-p, min-p). Each request has a
-generator of its own that is asked for exactly one number a token, so an answer depends on its seed and its logits and
-on nothing that runs beside it. Axis: V vocabulary.
+The filters follow Hugging Face `generate` (repetition penalty, temperature, top-k, top-p, min-p), bias and penalties on
+presence and frequency OpenAI's interface. Each request has a generator of its own that is asked for exactly one number
+a token, so an answer depends on its seed and its logits and on nothing that runs beside it. Axis: V vocabulary.
 
 Written for vocabularies of 50,000 and more: greedy is an argmax and nothing else, top-k partitions, top-p sorts only
 the weights that can be in the nucleus.
@@ -19,7 +19,7 @@ import numpy as np
 from dseek.core.errors import RequestError
 
 if TYPE_CHECKING:
-    from dseek.engine.request import Request, SamplingParams
+    from dseek.engine.sampling_params import SamplingParams
 
 
 class Sampler:
@@ -27,22 +27,26 @@ class Sampler:
 
     Args:
         params: checked sampling parameters.
+        num_prompt_tokens: tokens before the answer, which presence and frequency do not count.
     """
 
-    __slots__ = ("_generator", "_num_seen", "_params", "_seen")
+    __slots__ = ("_bias", "_counts", "_generator", "_num_prompt_tokens", "_num_seen", "_params", "_seen")
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, num_prompt_tokens: int = 0) -> None:
         self._params = params
         self._generator = random.Random(params.seed) if params.temperature > 0 else None
-        self._seen: np.ndarray | None = None
+        self._num_prompt_tokens = num_prompt_tokens
         self._num_seen = 0
+        self._seen: np.ndarray | None = None
+        self._counts: np.ndarray | None = None
+        self._bias = dict(params.logit_bias)
 
     def choose(self, logits_V: np.ndarray, token_ids: Sequence[int]) -> int:
         """Choose the token that follows.
 
         Args:
             logits_V: float32 [V]; left unchanged.
-            token_ids: prompt and answer so far, for the repetition penalty; only ever grows between calls.
+            token_ids: prompt and answer so far, for the penalties; only ever grows between calls.
 
         Returns:
             The token's id.
@@ -50,8 +54,8 @@ class Sampler:
         Raises:
             RequestError: the logits are not finite numbers.
         """
-        if self._params.repetition_penalty != 1:
-            logits_V = self._penalised(logits_V, token_ids)
+        if self._params.changes_logits:
+            logits_V = self._changed(logits_V, token_ids)
         if self._generator is None:
             return checked_argmax(logits_V)
         ids, weights = distribution(logits_V, self._params)
@@ -60,37 +64,40 @@ class Sampler:
         position = min(position, len(weights) - 1)
         return position if ids is None else int(ids[position])
 
-    def _penalised(self, logits_V: np.ndarray, token_ids: Sequence[int]) -> np.ndarray:
-        """Weaken the tokens seen so far (Keskar et al. 2019, CTRL, section 4.1, with the sign handled as in HF)."""
-        if self._seen is None:
-            self._seen = np.zeros(len(logits_V), dtype=bool)
-        self._seen[token_ids[self._num_seen :]] = True
-        self._num_seen = len(token_ids)
-        seen_ids = np.flatnonzero(self._seen)
-        seen_logits = logits_V[seen_ids]
-        penalty = np.float32(self._params.repetition_penalty)
-        logits_V = logits_V.copy()
-        logits_V[seen_ids] = np.where(seen_logits < 0, seen_logits * penalty, seen_logits / penalty)
+    def _changed(self, logits_V: np.ndarray, token_ids: Sequence[int]) -> np.ndarray:
+        """Apply bias and penalties.
+
+        Source: repetition: Keskar et al. 2019, CTRL, section 4.1, with the sign handled as in HF; presence and
+        frequency: OpenAI's API reference, logit - count * frequency - (count > 0) * presence.
+        """
+        params, logits_V = self._params, logits_V.copy()
+        self._follow(len(logits_V), token_ids)
+        for token_id, bias in self._bias.items():
+            if token_id < len(logits_V):
+                logits_V[token_id] += np.float32(bias)
+        if self._seen is not None:
+            seen_ids = np.flatnonzero(self._seen)
+            seen_logits, penalty = logits_V[seen_ids], np.float32(params.repetition_penalty)
+            logits_V[seen_ids] = np.where(seen_logits < 0, seen_logits * penalty, seen_logits / penalty)
+        if self._counts is not None:
+            said_ids = np.flatnonzero(self._counts)
+            loss = self._counts[said_ids] * np.float32(params.frequency_penalty) + np.float32(params.presence_penalty)
+            logits_V[said_ids] -= loss
         return logits_V
 
-
-def sample(logits_RV: np.ndarray, requests: Sequence[Request]) -> list[int]:
-    """Choose the next token of every request.
-
-    Args:
-        logits_RV: float32 [R, V], one row a request.
-        requests: R requests.
-
-    Returns:
-        R token ids.
-
-    Raises:
-        RequestError: logits are not finite numbers.
-    """
-    return [
-        request.sampler.choose(logits_V, request.token_ids)
-        for logits_V, request in zip(logits_RV, requests, strict=True)
-    ]
+    def _follow(self, vocab_size: int, token_ids: Sequence[int]) -> None:
+        """Note what has been said since the last call."""
+        params = self._params
+        if params.repetition_penalty != 1:
+            if self._seen is None:
+                self._seen = np.zeros(vocab_size, dtype=bool)
+            self._seen[token_ids[self._num_seen :]] = True
+        if params.presence_penalty or params.frequency_penalty:
+            if self._counts is None:
+                self._counts = np.zeros(vocab_size, dtype=np.float32)
+            for token_id in token_ids[max(self._num_seen, self._num_prompt_tokens) :]:
+                self._counts[token_id] += 1
+        self._num_seen = len(token_ids)
 
 
 def checked_argmax(logits_V: np.ndarray) -> int:

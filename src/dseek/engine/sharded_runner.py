@@ -55,6 +55,8 @@ class ShardedRunner(Runner):
         PeerError: the ranks have other plans or kernels than each other, or one does not answer.
     """
 
+    is_shared = True
+
     def __init__(self, runner: NativeRunner, plan: Plan, ranks: Ranks, strategy: ShardStrategy) -> None:
         check_strategy(strategy)
         agree_on_text(ranks, f"{strategy}\n{native.require().variant()}\n{plan.to_json()}", "plan, kernels or strategy")

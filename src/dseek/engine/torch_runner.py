@@ -114,6 +114,24 @@ class TorchRunner(Runner):
             float32 [L, V].
         """
         assert self._decoder is not None, "the runner is closed"
+        wanted = self._wanted(batch).to(self._decoder.lm_head.weight.dtype)
+        return self._decoder.lm_head(wanted).float().cpu().numpy()
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch) -> np.ndarray:
+        """Compute every row of a batch; see `Runner.hidden`.
+
+        Args:
+            batch: the rows.
+
+        Returns:
+            float32 [L, D].
+        """
+        return self._wanted(batch).float().cpu().numpy()
+
+    def _wanted(self, batch: Batch) -> torch.Tensor:
+        """Compute every row; gives those asked for after the final norm, [L, D]."""
+        assert self._decoder is not None, "the runner is closed"
         model = self._decoder.model
         sequences = [_Sequence(batch, index, self.page_tokens) for index in range(batch.num_sequences)]
 
@@ -128,9 +146,9 @@ class TorchRunner(Runner):
         for layer in range(len(model.layers)):
             x_RD = self._run_block(layer, x_RD, rotation, slots_R, sequences)
 
-        # 3. The head, for the rows whose logits are wanted.
-        wanted = model.norm(x_RD[self._tensor(batch.logit_rows)]).to(self._decoder.lm_head.weight.dtype)
-        return self._decoder.lm_head(wanted).float().cpu().numpy()
+        # 3. The final norm, of the rows that are wanted.
+        normed: torch.Tensor = model.norm(x_RD[self._tensor(batch.logit_rows)])
+        return normed
 
     @property
     def decoder(self) -> Decoder | None:

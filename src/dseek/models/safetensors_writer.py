@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "I32": 4, "I64": 8}
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I32": 4, "I64": 8}
 _HEADER_STEP = 8
 
 
@@ -25,7 +25,7 @@ class StreamTensor:
     name: str
     """Name in the file."""
     dtype: str
-    """As the format spells it: F32, F16, BF16, I8, I32, I64."""
+    """As the format spells it: F32, F16, BF16, I8, U8, I32, I64."""
     shape: tuple[int, ...]
     """Its shape."""
     make: Callable[[], np.ndarray]

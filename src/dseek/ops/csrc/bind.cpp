@@ -155,4 +155,5 @@ NB_MODULE(_native, module) {
     bind_measurements(module);
     bind_decoder(module);
     bind_encoder_decoder(module);
+    bind_transport(module);
 }

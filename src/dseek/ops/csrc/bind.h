@@ -60,5 +60,7 @@ void bind_integer_conv(nanobind::module_& module);
 void bind_decoder(nanobind::module_& module);
 // The timings of measure.h, with their arguments checked.
 void bind_measurements(nanobind::module_& module);
+// The segment of transport.h and its messages, as classes.
+void bind_transport(nanobind::module_& module);
 
 }  // namespace dseek

@@ -152,7 +152,7 @@ public:
     Output<float> forward(const Input<int32_t, 1>& token_ids, const Input<int32_t, 1>& positions,
                           const Input<int32_t, 1>& row_starts, const Input<int32_t, 2>& page_tables,
                           const Input<int32_t, 1>& logit_rows, const std::optional<nb::callable>& exchange,
-                          const std::optional<Wholes>& wholes) {
+                          const std::optional<Wholes>& wholes, bool hidden) {
         Batch batch = batch_of(positions, row_starts, page_tables);
         require(token_ids.size() == positions.size(), "token_ids and positions differ in length");
         require(logit_rows.size() <= positions.size(), "logit_rows must be ascending rows of the batch");
@@ -170,8 +170,10 @@ public:
             batch.whole_page_tables = tables.data();
             batch.num_wholes = static_cast<int>(spans.shape(0));
         }
-        const size_t stride = decoder_.logit_stride();
-        Pages logits(logit_rows.size() * stride * sizeof(float));
+        batch.wants_hidden = hidden;
+        const size_t stride = hidden ? decoder_.hidden_stride() : decoder_.logit_stride();
+        const int width = hidden ? decoder_.shape().hidden_size : decoder_.shape().vocab_size;
+        Pages out(logit_rows.size() * stride * sizeof(float));
         Exchange layer_exchange;
         if (exchange) {
             layer_exchange = [&](int layer) {
@@ -184,10 +186,10 @@ public:
             running_ = std::this_thread::get_id();
             const Idle idle{running_};
             const nb::gil_scoped_release release;
-            decoder_.forward(batch, logits.as<float>(), layer_exchange);
+            decoder_.forward(batch, out.as<float>(), layer_exchange);
         }
-        const size_t vocab = static_cast<size_t>(decoder_.shape().vocab_size);
-        return own<float>(std::move(logits), {logit_rows.size(), vocab}, {static_cast<int64_t>(stride), 1});
+        return own<float>(std::move(out), {logit_rows.size(), static_cast<size_t>(width)},
+                          {static_cast<int64_t>(stride), 1});
     }
 
     void set_timing(bool on, size_t most_stretches) {
@@ -367,7 +369,7 @@ void bind_decoder(nb::module_& module) {
         .def("swap_wide", &OwningDecoder::swap_wide, "layer"_a)
         .def("allocate_cache", &OwningDecoder::allocate_cache, "num_pages"_a)
         .def("forward", &OwningDecoder::forward, "token_ids"_a, "positions"_a, "row_starts"_a, "page_tables"_a,
-             "logit_rows"_a, "exchange"_a = nb::none(), "wholes"_a = nb::none())
+             "logit_rows"_a, "exchange"_a = nb::none(), "wholes"_a = nb::none(), "hidden"_a = false)
         .def("set_timing", &OwningDecoder::set_timing, "on"_a, "most_stretches"_a = 0)
         .def("timings", &OwningDecoder::timings)
         .def_prop_ro_static("operator_names",

@@ -182,25 +182,6 @@ void Decoder::check(const Batch& batch) const {
     }
 }
 
-void Decoder::find_new_blocks(const Batch& batch) {
-    new_blocks_.clear();
-    if (patterns_.empty()) return;
-    const auto add = [&](const int32_t* tables, int sequence, int begin, int end) {
-        const int32_t* pages = tables + static_cast<size_t>(sequence) * batch.pages_per_sequence;
-        for (int block = begin / kPageTokens + (begin % kPageTokens > 0); block <= (end - 1) / kPageTokens; ++block) {
-            new_blocks_.push_back({pages, block});
-        }
-    };
-    for (int w = 0; w < batch.num_wholes; ++w) {
-        add(batch.whole_page_tables, w, batch.whole_positions[2 * w], batch.whole_positions[2 * w + 1]);
-    }
-    if (batch.num_wholes > 0) return;
-    for (int s = 0; s < batch.num_sequences; ++s) {
-        const int begin = batch.positions[batch.row_starts[s]];
-        add(batch.page_tables, s, begin, begin + batch.row_starts[s + 1] - batch.row_starts[s]);
-    }
-}
-
 void Decoder::plan(const Batch& batch) {
     constexpr int kQueryBlock = 64;        // rows of one attention task
     constexpr int kRowsForRowMode = 32;    // rows a thread should have before it works on rows of its own
@@ -335,7 +316,7 @@ void Decoder::reserve(int num_rows, int num_logit_rows, int num_threads) {
     capacity_ = num_rows;
 }
 
-void Decoder::forward(const Batch& batch, float* logits, const Exchange& exchange) {
+void Decoder::forward(const Batch& batch, float* out, const Exchange& exchange) {
     check(batch);
     if (final_norm_ == nullptr) refuse("the decoder has no embedding and head");
     for (int row = 0; row < batch.num_rows; ++row) {
@@ -370,7 +351,8 @@ void Decoder::forward(const Batch& batch, float* logits, const Exchange& exchang
         if (failure_ != nullptr) return;
         if (batch.num_logit_rows > 0) {
             if (!needed_only) gather_needed(batch, thread_idx);
-            finish(batch, thread_idx, logits, stage);
+            if (batch.wants_hidden) finish_hidden(batch, thread_idx, out);
+            else finish(batch, thread_idx, out, stage);
         }
     });
     exchange_ = nullptr;

@@ -62,6 +62,7 @@ struct Batch {
     const int32_t* whole_positions = nullptr;  // [num_wholes][2], first and end
     const int32_t* whole_page_tables = nullptr;  // [num_wholes][pages_per_sequence]
     int num_wholes = 0;  // 0: the batch is all there is
+    bool wants_hidden = false;  // instead of logits
 };
 
 // Called once a layer, in order, when the layer's new keys and values are in the cache and before anything attends to
@@ -113,15 +114,17 @@ public:
     // Clocks of the last run, one a thread.
     std::vector<const OperatorClock*> clocks() const;
 
-    // Writes logits [num_logit_rows][logit_stride()]. Throws std::invalid_argument for ids, positions or pages out of
-    // range; the cache is then as before. What `exchange` throws ends the run and is thrown on; the pages of the batch
-    // then hold anything.
-    void forward(const Batch& batch, float* logits, const Exchange& exchange = {});
+    // Writes logits [num_logit_rows][logit_stride()], or, where `batch.wants_hidden`, what the head would see of these
+    // rows, [num_logit_rows][hidden_stride()]: the last block's output after the final norm. Throws
+    // std::invalid_argument for ids, positions or pages out of range; the cache is then as before. What `exchange`
+    // throws ends the run and is thrown on; the pages of the batch then hold anything.
+    void forward(const Batch& batch, float* out, const Exchange& exchange = {});
 
     // Runs blocks [block_begin, block_end) in place on hidden states x [R][D]; token ids and logit rows are not used.
     void run_blocks(const Batch& batch, int block_begin, int block_end, float* x);
 
     size_t logit_stride() const { return static_cast<size_t>(head_.n_padded); }
+    size_t hidden_stride() const { return static_cast<size_t>(round_up(shape_.hidden_size, kPanel)); }
     int num_pages() const { return num_pages_; }
     size_t page_bytes() const { return layout_.page_bytes(); }
     const CacheLayout& layout() const { return layout_; }
@@ -165,6 +168,7 @@ private:
     void run_in_channels(const Batch& batch, int thread_idx, int block_begin, int block_end, bool last_needed_only,
                          int& stage);
     void finish(const Batch& batch, int thread_idx, float* logits, int& stage);
+    void finish_hidden(const Batch& batch, int thread_idx, float* hidden);
     // Thread 0 makes the exchange of a layer while the others wait; false, for all of them, where it failed.
     bool exchange_layer(int layer, int thread_idx);
 

@@ -133,6 +133,33 @@ void Decoder::attend(const Batch& batch, const BlockWeights& block, int layer, c
     table_->attention(call);
 }
 
+void Decoder::find_new_blocks(const Batch& batch) {
+    new_blocks_.clear();
+    if (patterns_.empty()) return;
+    const auto add = [&](const int32_t* tables, int sequence, int begin, int end) {
+        const int32_t* pages = tables + static_cast<size_t>(sequence) * batch.pages_per_sequence;
+        if (begin % kPageTokens == 0 && begin > 0) {
+            // Sequences that go on from a page that they share would all seal the cells that end with it at once.
+            const int block = begin / kPageTokens;
+            const auto seals_the_same = [&](const NewBlock& fresh) {
+                return fresh.block == block && fresh.pages[block - 1] == pages[block - 1];
+            };
+            if (std::any_of(new_blocks_.begin(), new_blocks_.end(), seals_the_same)) begin += kPageTokens;
+        }
+        for (int block = begin / kPageTokens + (begin % kPageTokens > 0); block <= (end - 1) / kPageTokens; ++block) {
+            new_blocks_.push_back({pages, block});
+        }
+    };
+    for (int w = 0; w < batch.num_wholes; ++w) {
+        add(batch.whole_page_tables, w, batch.whole_positions[2 * w], batch.whole_positions[2 * w + 1]);
+    }
+    if (batch.num_wholes > 0) return;
+    for (int s = 0; s < batch.num_sequences; ++s) {
+        const int begin = batch.positions[batch.row_starts[s]];
+        add(batch.page_tables, s, begin, begin + batch.row_starts[s + 1] - batch.row_starts[s]);
+    }
+}
+
 void Decoder::seal_blocks(int layer, int thread_idx, int& stage) {
     if (new_blocks_.empty() || !patterns_[layer].active()) return;
     const int groups = shape_.num_kv_heads;

@@ -307,4 +307,12 @@ void Decoder::finish(const Batch& batch, int thread_idx, float* logits, int& sta
     mark(thread_idx, shape_.num_layers, Operator::head);
 }
 
+void Decoder::finish_hidden(const Batch& batch, int thread_idx, float* hidden) {
+    const size_t stride = hidden_stride();
+    for (int i = thread_idx; i < batch.num_logit_rows; i += team_->size()) {
+        table_->rms_norm(needed_x_.as<float>() + i * stride, final_norm_, shape_.epsilon, shape_.hidden_size,
+                         hidden + i * stride);
+    }
+}
+
 }  // namespace dseek

@@ -6,6 +6,7 @@
 #include "../common/narrow.h"
 #include "../common/open_cells.h"
 #include "../common/pack.h"
+#include "../common/reduce.h"
 #include "../common/rows.h"
 #include "linear.h"
 
@@ -34,6 +35,7 @@ const KernelTable& avx2_kernels() {
         .largest_of_run = largest_of_run,
         .round_run = round_run,
         .depthwise = depthwise,
+        .reduce = reduce,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,

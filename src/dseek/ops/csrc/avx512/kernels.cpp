@@ -4,6 +4,7 @@
 #include "../common/integer_conv.h"
 #include "../common/narrow.h"
 #include "../common/pack.h"
+#include "../common/reduce.h"
 #include "attention.h"
 #include "cache.h"
 #include "linear.h"
@@ -35,6 +36,7 @@ const KernelTable& avx512_kernels() {
         .largest_of_run = largest_of_run,
         .round_run = round_run,
         .depthwise = depthwise,
+        .reduce = reduce,
         .read_bytes = read_bytes,
         .pack_panel = pack_panel,
         .unpack_channel = unpack_channel,

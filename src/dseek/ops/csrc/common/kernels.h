@@ -162,6 +162,21 @@ struct DepthwiseCall {
     float* out = nullptr;  // [pixels][channels]
 };
 
+// What ranks exchange and reduce; the numbers are those of dseek.parallel.transport.native.
+enum class Element : int { float32, float64, bfloat16, float16, int8, uint8, int16, int32, int64 };
+enum class Reduction : int { sum, average, product, least, greatest, bit_and, bit_or, bit_xor };
+
+// outs[...][i] = sources[0][i] o sources[1][i] o ..., in this order. An output may be one of the sources. There are no
+// averages of integers and no bitwise reductions of floats.
+struct ReduceCall {
+    Element element = Element::float32;
+    Reduction reduction = Reduction::sum;
+    int num_sources = 0, num_outs = 0;
+    const void* const* sources = nullptr;
+    void* const* outs = nullptr;
+    size_t count = 0;
+};
+
 struct KernelTable {
     const char* name;
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int size, float* out);
@@ -195,6 +210,7 @@ struct KernelTable {
     float (*largest_of_run)(const float* x, size_t count);
     void (*round_run)(const float* x, size_t count, const RoundingRange& range, uint8_t* out);
     void (*depthwise)(const DepthwiseCall& call);
+    void (*reduce)(const ReduceCall& call);
     double (*read_bytes)(const uint8_t* data, size_t num_bytes);
     void (*pack_panel)(uint8_t* blob, int panel, float* rows);
     void (*unpack_channel)(const Linear& weight, int channel, float* out);

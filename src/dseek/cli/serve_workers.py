@@ -1,0 +1,92 @@
+"""`dseek serve MODEL --workers N`: starts the replicas with what the command line says of the model, and the router."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from dseek.serve.requirements import ROUTER, require
+
+if TYPE_CHECKING:
+    from dseek.serve.config import ServeConfig
+
+OWN = frozenset(
+    {"model", "workers", "host", "port", "uds", "api_key_file", "allow_host", "max_concurrent", "hash_key", "threads"}
+)
+"""Arguments that are the router's, or are set for each replica."""
+
+
+def serve_workers(args: argparse.Namespace, config: ServeConfig, bound: socket.socket) -> int:
+    """Serve with several processes until a signal.
+
+    Args:
+        args: parsed arguments of `dseek serve`.
+        config: the server's settings.
+        bound: socket to listen on.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ConfigError: a part of the extra `serve` is missing.
+    """
+    require(ROUTER, purpose="dseek serve --workers")
+    from dseek.serve.affinity import Affinity
+    from dseek.serve.doorman import Doorman
+    from dseek.serve.metrics import Metrics
+    from dseek.serve.replicas import Replicas
+    from dseek.serve.router import Router
+    from dseek.serve.run import serve, url_of
+
+    draining = False
+
+    def is_draining() -> bool:
+        return draining
+
+    def drain() -> None:
+        nonlocal draining
+        draining = True
+
+    affinity = Affinity()
+    replicas = Replicas(args.workers, command(args), drain_s=config.drain_s, on_restart=affinity.forget)
+    app = Doorman(Router(replicas, affinity, is_draining), config, Metrics(config.model_names[0]), is_draining)
+
+    def ready() -> None:
+        print(f"{config.model_names[0]} is served at {url_of(bound)} by {args.workers} workers", flush=True)
+
+    return serve(app, config, bound, on_drain=drain, on_ready=ready)
+
+
+def command(args: argparse.Namespace) -> list[str]:
+    """Write the command of one replica.
+
+    Args:
+        args: parsed arguments of `dseek serve`.
+
+    Returns:
+        The words; every replica gets its share of the processor's threads unless `--threads` or a plan says otherwise.
+    """
+    from dseek.cli.serve import add_arguments
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    words = [sys.executable, "-m", "dseek.cli.main", "serve", args.model]
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.dest in OWN or action.dest == "help" or value == action.default or value is None:
+            continue
+        if isinstance(action, argparse.BooleanOptionalAction):
+            words.append(action.option_strings[0 if value else 1])
+        elif action.nargs == 0:
+            words.append(action.option_strings[0])
+        else:
+            for item in value if isinstance(value, list) else [value]:
+                words += [action.option_strings[0], str(item)]
+    if args.threads is not None:
+        words += ["--threads", str(args.threads)]
+    elif args.plan is None:
+        words += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // args.workers))]
+    return [*words, "--max-concurrent", "100000"]
