@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import subprocess
 import sys
@@ -87,12 +86,13 @@ class BenchServer:
             return await asyncio.gather(*map(one, range(len(bodies))))
 
 
-async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> Answered:
+async def stream(client: httpx.AsyncClient, body: dict[str, Any], answered: Answered | None = None) -> Answered:
     """Stream one completion.
 
     Args:
         client: of the server.
         body: the request.
+        answered: is filled as pieces come; None makes one.
 
     Returns:
         The answer.
@@ -101,7 +101,8 @@ async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> Answered:
         BenchmarkError: the server refuses it or fails.
     """
     options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
-    answered = Answered(sent_s=time.perf_counter())
+    answered = answered or Answered()
+    answered.sent_s = time.perf_counter()
     async with client.stream("POST", "/v1/completions", json={**body, **options}) as response:
         if response.status_code != 200:
             raise BenchmarkError(f"the server answered {response.status_code}: {await response.aread()!r}")
@@ -137,11 +138,9 @@ def serving(model: str, *, options: Sequence[str]) -> Iterator[BenchServer]:
     log_path = work_dir() / "logs" / "serve.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "dseek.cli.main", "serve", model, "--port", "0"]
-    command += ["--max-concurrent", "100000", *options]
+    command += ["--max-concurrent", "100000", "--no-log-requests", *options]
     with log_path.open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, text=True, env={**os.environ, "DSEEK_LOG_LEVEL": "warning"}
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         assert process.stdout is not None
         found = re.search(r"is served at (\S+)", process.stdout.readline())

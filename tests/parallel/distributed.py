@@ -112,7 +112,9 @@ def _run(
     backend, _, transport = backend.partition(":")
     if backend == "dseek":
         os.environ["DSEEK_TRANSPORT"] = transport or "auto"
-    import dseek.parallel.transport  # noqa: F401  (registers the backend)
+    from dseek.parallel.transport import shared_memory  # which registers the backend, too
+
+    shared_memory.MAX_SLOT_BYTES = 64 << 10  # several blocks without large tensors
 
     try:
         # A file, not a port: two runs at a time cannot meet. The parent gives up before the group does.

@@ -60,6 +60,11 @@ def test_a_silent_peer_is_waited_for_as_long_as_was_said(backend: str) -> None:
     assert "did not" in message
 
 
+@pytest.mark.parametrize("backend", TRANSPORTS)
+def test_destroying_a_group_does_not_wait_for_its_operations(backend: str) -> None:
+    assert max(run_ranks(2, scenarios.leave_something_undone, backend=backend)) < 60
+
+
 @pytest.mark.native
 def test_ctrl_c_ends_a_wait() -> None:
     assert run_ranks(2, scenarios.interrupt, backend="dseek") == [True, True]

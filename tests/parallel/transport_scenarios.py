@@ -132,6 +132,10 @@ def move_odd_things(rank: int, world_size: int) -> None:
     dist.all_reduce(phasor)
     same(phasor, torch.tensor([1 + 2j, 3j]) * world_size)
 
+    negated = torch.tensor([1 + 2j, 3j]).conj().imag  # a view that PyTorch negates when it is read
+    dist.all_reduce(negated)
+    same(negated.resolve_neg(), torch.tensor([-2.0, -3.0]) * world_size)
+
     objects: list[Any] = [None] * world_size
     dist.all_gather_object(objects, {"rank": rank})
     assert objects == [{"rank": peer} for peer in range(world_size)]
@@ -277,6 +281,20 @@ def interrupt(rank: int, world_size: int) -> bool:
     return True
 
 
+def leave_something_undone(rank: int, world_size: int) -> float:
+    """A group that is destroyed while operations are under way fails them, and does not wait for them."""
+    work = message = None
+    if rank == 0:
+        work, message = dist.all_reduce(torch.ones(3), async_op=True), dist.irecv(torch.empty(3), 1)
+    start_s = time.monotonic()
+    dist.destroy_process_group()
+    for one in (work, message):
+        if one is not None:
+            with pytest.raises(GroupError):
+                one.wait()
+    return time.monotonic() - start_s
+
+
 def disagree(rank: int, world_size: int) -> str:
     """Ranks that call different things are told so."""
     with pytest.raises(GroupError) as caught:
@@ -319,6 +337,8 @@ def wait_for_the_silent(rank: int, world_size: int) -> str:
     message = ""
     if rank == 0:
         dist.group.WORLD.set_timeout(timedelta(seconds=0.3))  # type: ignore[union-attr]
+        with pytest.raises(GroupError, match=r"within 0\.3"):
+            dist.recv(torch.empty(3), 1)
         with pytest.raises(GroupError) as caught:
             dist.barrier()
         message = str(caught.value)

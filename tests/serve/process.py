@@ -58,7 +58,7 @@ class Server:
 def running(model: Path, plan: Path, log: Path, arguments: Sequence[str] = ()) -> Iterator[Server]:
     """Start a server on a free port and stop it at the end."""
     command = [sys.executable, "-m", "dseek.cli.main", "serve", str(model), "--plan", str(plan), "--port", "0"]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", DSEEK_LOG_LEVEL="info")
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
     with log.open("w") as stderr:
         process = subprocess.Popen(
             [*command, "--served-model-name", "tiny", *arguments],

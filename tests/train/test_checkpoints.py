@@ -219,7 +219,8 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path: Path, what: str, 
 @given(st.integers(0, 110), st.sampled_from(["kill", "torn", "full"]), st.integers(0, 2))
 @settings(max_examples=50, deadline=None)
 def test_whatever_happens_the_newest_whole_one_is_found(at: int, kind: Any, num_before: int) -> None:
-    with tempfile.TemporaryDirectory() as name:
+    # In memory, where there is such a place: flushing some thousand files to a disk takes its time.
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as name:
         folder = Path(name)
         if num_before:
             write(folder, *range(1, num_before + 1), keep_last=1)

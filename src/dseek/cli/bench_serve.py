@@ -143,10 +143,8 @@ def _server(args: argparse.Namespace) -> Iterator[str]:
         yield args.url.rstrip("/")
         return
     command = [sys.executable, "-m", "dseek.cli.main", "serve", args.model, "--port", "0", *args.serve_option]
-    command += ["--max-concurrent", "100000"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "DSEEK_LOG_LEVEL": "warning"}
-    )
+    command += ["--max-concurrent", "100000", "--no-log-requests"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         found = re.search(r"is served at (\S+)", process.stdout.readline())

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from dseek.cli.engine_options import add_prefix_cache_option, add_speculation_option
 from dseek.cli.options import add_request_options, add_run_options, load_from, positive_int
-from dseek.core import environment
 from dseek.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that share the work, behind a router; each has the weights (default: %(default)s)",
     )
+    where.add_argument(
+        "--log-requests",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write a line of JSON to stderr for each request (default: yes)",
+    )
     limits = parser.add_argument_group("who may do what")
     limits.add_argument("--api-key-file", metavar="FILE", help="let in only keys whose hashes are in FILE")
     limits.add_argument(
@@ -135,14 +140,14 @@ def run(args: argparse.Namespace) -> int:
     from dseek.serve.run import bind, serve, url_of
 
     config = config_from(args)
-    json_logs.configure(_log_level())
     bound = bind(config)
+    json_logs.configure(requests=args.log_requests)
     if args.workers > 1:
         from dseek.cli.serve_workers import serve_workers
 
         return serve_workers(args, config, bound)
     request = {"prompt_tokens": args.prompt_tokens, "answer_tokens": args.answer_tokens}
-    with load_from(args, batch=args.batch, objective="throughput", **request) as llm:
+    with bound, load_from(args, batch=args.batch, objective="throughput", **request) as llm:
         from dseek.serve.app import create_app
         from dseek.serve.service import Service
 
@@ -187,13 +192,6 @@ def config_from(args: argparse.Namespace) -> ServeConfig:
         api_key_hashes=() if args.api_key_file is None else read_key_file(args.api_key_file),
         page=not args.no_page,
     )
-
-
-def _log_level() -> str:
-    """The level asked for; requests are logged at info, so that is the default of a server."""
-    import os
-
-    return environment.get("DSEEK_LOG_LEVEL") if os.environ.get("DSEEK_LOG_LEVEL") else "info"
 
 
 def _hash_key() -> int:

@@ -83,7 +83,8 @@ def advise(
         saves_s = sum(part[2] for part in parts)
         if len(parts) > 1 and saves_s >= LEAST_SHARE * wall_s:
             seconds = sum(record.seconds for record, _, _ in parts)
-            place = f"{len(parts)} layers" if all(record.layer is not None for record, _, _ in parts) else "all places"
+            is_by_layer = all(record.place.startswith("layer ") for record, _, _ in parts)
+            place = f"{len(parts)} {'layers' if is_by_layer else 'places'}"
             found.append(
                 Advice(
                     text=_text(f"{name} of {place}", parts[0][0], seconds, what, saves_s, wall_s),

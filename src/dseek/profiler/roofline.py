@@ -13,8 +13,8 @@ from dseek.hardware.machine import Machine
 from dseek.plan.rates import Rates
 from dseek.profiler.records import Roof, Roofs
 
-EQUIVALENTS = {"f32": "fp32", "f16": "fp16", "i8p": "i8c"}
-"""Formats whose peak stands in for one that has none of its own."""
+EQUIVALENTS = (("f32", "fp32"), ("f16", "fp16"), ("i8p", "i8c"))
+"""Two names of one arithmetic: the higher of their peaks holds for both."""
 
 
 class Roofline:
@@ -44,8 +44,9 @@ class Roofline:
                 peaks[curve.weight_format] = max(peaks.get(curve.weight_format, 0.0), best / slower)
         for rate in machine.gemm:
             peaks[rate.dtype] = max(peaks.get(rate.dtype, 0.0), rate.gflops / slower)
-        if "fp32" not in peaks and "f32" in peaks:
-            peaks["fp32"] = peaks["f32"]
+        for pair in EQUIVALENTS:
+            known = [peaks[name] for name in pair if name in peaks]
+            peaks |= dict.fromkeys(pair, max(known)) if known else {}
         bandwidth = 1e-9 / self.rates.stream_s_per_byte(max(1.0, working_set_bytes))
         self.roofs = Roofs(bandwidth_gbs=bandwidth, peaks_gflops=peaks)
 
@@ -58,8 +59,7 @@ class Roofline:
         Returns:
             10^9 operations a second, or None where none was measured.
         """
-        peaks = self.roofs.peaks_gflops
-        return peaks.get(dtype) or peaks.get(EQUIVALENTS.get(dtype, ""))
+        return self.roofs.peaks_gflops.get(dtype)
 
     def least_s(self, flops: float, num_bytes: float, dtype: str) -> tuple[float | None, Roof]:
         """Work out the least time and which roof it is.

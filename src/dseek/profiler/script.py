@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.script} is no file", needed="a Python script, or -m and the name of a module")
     if not args.no_torch:
         # Before PyTorch is imported, whose profiler otherwise writes about itself.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         import torch  # noqa: F401  # imported ahead, so that its import is no part of the run
     session = ProfileSession(args.title or args.script, use_torch=not args.no_torch, timeline=bool(args.trace))
     status = 0

@@ -55,7 +55,7 @@ def write_scalars(profile: Profile, folder: str | Path, *, step: int = 0) -> Pat
 
 
 def _scalars(layer: OperatorRecord) -> list[tuple[str, float]]:
-    found = [("milliseconds", 1e3 * layer.seconds / max(1, layer.calls))]
+    found = [("milliseconds", 1e3 * layer.seconds)]
     if layer.seconds > 0 and layer.flops:
         found.append(("gflops", layer.flops / layer.seconds * 1e-9))
     if layer.roof_share is not None:

@@ -33,9 +33,10 @@ def plan_words(llm: LLM) -> dict[str, Any]:
     """
     plan = llm.plan
     predicted = plan.predicted
+    kernels = "PyTorch" if plan.kernels == "torch" else "the native kernels"
     words = (
-        f"{llm.files.name} runs in {plan.precision} on {plan.num_threads} "
-        f"thread{'s' if plan.num_threads > 1 else ''} of the {plan.kernels} kernels; "
+        f"{llm.files.name} runs in {plan.precision} on {kernels}, "
+        f"{plan.num_threads} thread{'s' if plan.num_threads > 1 else ''}; "
         f"{plan.max_batch} answers at a time share a cache of {size_text(predicted.cache_bytes)}."
     )
     facts = [

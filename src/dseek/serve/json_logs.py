@@ -60,14 +60,15 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def configure(level: str) -> None:
-    """Send the logs of dseek and of uvicorn to stderr as JSON.
+def configure(*, requests: bool) -> None:
+    """Send the logs of dseek and of uvicorn to stderr as JSON, from the level that `DSEEK_LOG_LEVEL` names on.
 
     Args:
-        level: debug, info, warning or error; uvicorn tells warnings and worse.
+        requests: log every request, and what becomes of the server, whatever the level.
     """
     root = get_logger("dseek")
-    root.setLevel(level.upper())
+    if requests:
+        logging.getLogger("dseek.serve").setLevel("INFO")
     for handler in root.handlers:
         handler.setFormatter(JsonFormatter())
     theirs = logging.getLogger("uvicorn")

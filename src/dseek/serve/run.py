@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -42,9 +43,11 @@ def bind(config: ServeConfig) -> socket.socket:
         ConfigError: it is taken, not ours, or not to be found.
     """
     place = config.uds or f"{config.host} port {config.port}"
+    made: socket.socket | None = None
     try:
         if config.uds is not None:
             made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            _remove_stale(config.uds)
             made.bind(config.uds)
             return made
         found = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -54,10 +57,23 @@ def bind(config: ServeConfig) -> socket.socket:
         made.bind(address)
         return made
     except OSError as error:
+        if made is not None:
+            made.close()
         raise ConfigError(
             f"the server cannot listen on {place}: {error.strerror or error}",
             remedy="take another --port (0 takes a free one) or --host",
         ) from None
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket that a server left which is no more; anything else at the path stays."""
+    if not Path(path).is_socket():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            Path(path).unlink(missing_ok=True)
 
 
 def url_of(bound: socket.socket) -> str:

@@ -185,6 +185,7 @@ void bind_transport(nb::module_& module) {
                 segment.add_region({pointers(of_rank), num_bytes});
             },
             "of_rank"_a, "num_bytes"_a)
+        .def_rw("message_timeout_s", &Segment::message_timeout_s)
         .def("leave", [](Segment& segment) { segment.leave(); });
 
     nb::class_<Messages>(module, "Messages")

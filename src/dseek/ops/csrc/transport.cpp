@@ -228,6 +228,7 @@ void Segment::wait_for(int rank, uint32_t arrived) {
         if (other.arrived.load() == seen) sleep_on(other.arrived, seen, kTickMilliseconds);
         other.sleepers.fetch_sub(1);
         if (is_there()) return;
+        if (line(rank_).has_left.load()) fail("the group was destroyed while an operation was under way");
         const std::string loss = first_loss(arrived);
         if (!loss.empty()) fail(loss);
         const std::chrono::duration<double> waited = Clock::now() - start;

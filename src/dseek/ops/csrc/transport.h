@@ -107,7 +107,7 @@ public:
     // Tells the others that this rank will not call anything any more.
     void leave();
 
-    double timeout_s = 1800.;
+    double timeout_s = 1800., message_timeout_s = 1800.;
     OnTick on_tick = nullptr;
 
     int rank() const { return rank_; }

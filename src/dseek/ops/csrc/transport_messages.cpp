@@ -213,10 +213,10 @@ void Messages::give_up_lost() {
         const std::string& loss = posted.peer == kAnyRank ? any_loss : losses[posted.peer];
         if (!loss.empty()) return loss;
         const std::chrono::duration<double> waited = now - posted.start;
-        if (waited.count() <= segment_.timeout_s) return "";
+        if (waited.count() <= segment_.message_timeout_s) return "";
         return (posted.peer == kAnyRank ? "no rank" : "rank " + std::to_string(posted.peer) + " did not") +
                std::string(posted.is_send ? " take" : " send") + " a message with tag " + std::to_string(posted.tag) +
-               " within " + std::to_string(segment_.timeout_s) + " s";
+               " within " + std::to_string(segment_.message_timeout_s) + " s";
     };
     const auto give_up = [&](const Posted& posted) {
         const std::string text = reason(posted);

@@ -104,5 +104,13 @@ class Transport(ABC):
         return None
 
     @abstractmethod
+    def set_message_timeout(self, timeout_s: float) -> None:
+        """Let messages of a silent peer fail after `timeout_s`."""
+
+    @abstractmethod
     def leave(self) -> None:
-        """Tell the peers that nothing more comes from this rank, and let go of what was opened."""
+        """Tell the peers that nothing more comes from this rank; what is under way here fails."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of what was opened, when no thread uses it any more."""

@@ -32,15 +32,13 @@ class TransportGroup(dist.ProcessGroup):
         """Run a group on a connected `transport`; `timeout` is how long it waits for silent peers."""
         super().__init__(transport.rank, transport.world_size)  # type: ignore[call-arg]  # the stub has one of two
         self.transport = transport
-        self._timeout_s = timeout.total_seconds()
+        self.set_timeout(timeout)
         self._name = self._description = ""
         label = f"dseek-group-{id(self):x}"
         self._in_order = InOrder(label)
         self._mail = Mail(transport, f"{label}-mail")
         self._closing = threading.Lock()
         self._is_closed = False
-
-    # What PyTorch asks a group about itself.
 
     @property
     def group_name(self) -> str:
@@ -95,6 +93,7 @@ class TransportGroup(dist.ProcessGroup):
     def set_timeout(self, timeout: timedelta) -> None:
         """Wait for silent peers up to `timeout` from now on."""
         self._timeout_s = timeout.total_seconds()
+        self.transport.set_message_timeout(self._timeout_s)
 
     _set_default_timeout = set_timeout
 
@@ -313,6 +312,7 @@ class TransportGroup(dist.ProcessGroup):
     # Messages.
 
     def send(self, tensors: list[torch.Tensor], rank: int, tag: int) -> TransportWork:
+        self._check_open()
         flat = Staged(tensors[0], is_read=True).flat
         work = TransportWork(tensors)
         self._mail.post(lambda: self.transport.send(flat, rank, tag & _TAG_MASK), work, lambda: None)
@@ -325,6 +325,7 @@ class TransportGroup(dist.ProcessGroup):
         return self._receive(tensors, None, tag)
 
     def _receive(self, tensors: list[torch.Tensor], rank: int | None, tag: int) -> TransportWork:
+        self._check_open()
         staged, work = Staged(tensors[0], is_read=False), TransportWork(tensors)
         self._mail.post(
             lambda: self.transport.receive(staged.flat, rank, tag & _TAG_MASK), work, lambda: fill([staged])
@@ -359,18 +360,21 @@ class TransportGroup(dist.ProcessGroup):
         with self._closing:
             if not self._is_closed:
                 self._is_closed = True
-                self._in_order.stop()
+                self._in_order.stop(self.transport.leave)
                 self._mail.stop()
-                self.transport.leave()
+                self.transport.close()
 
     abort = shutdown
 
     def _start(self, call: Callable[[], None], outputs: list[torch.Tensor], is_async: bool) -> TransportWork:
-        if self._is_closed:
-            raise RuntimeError("the process group was destroyed")
+        self._check_open()
         work = TransportWork(outputs)
         self._in_order.submit(call, work, inline=not is_async)
         return work
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("the process group was destroyed")
 
     def _limit(self, timeout: timedelta) -> float:
         """Seconds of an operation's own timeout, or the group's where it has none."""

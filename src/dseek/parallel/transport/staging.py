@@ -29,8 +29,9 @@ class Staged:
             raise ConfigError(f"a tensor lies on {tensor.device}", needed=f"the CPU: {BACKEND_NAME} moves its memory")
         self.tensor = tensor
         plain = tensor.detach()
-        self.is_own = plain.is_contiguous()
+        self.is_own = plain.is_contiguous() and not plain.is_conj() and not plain.is_neg()
         if not self.is_own:
+            plain = plain.resolve_conj().resolve_neg()
             plain = plain.contiguous() if is_read else torch.empty(plain.shape, dtype=plain.dtype)
         self.flat = plain.view(-1)
 

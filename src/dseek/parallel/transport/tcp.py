@@ -130,7 +130,16 @@ class TcpTransport(Transport):
     def progress(self, limit_s: float) -> list[Finished]:
         return self._messages.progress(limit_s)
 
+    def set_message_timeout(self, timeout_s: float) -> None:
+        self._messages.timeout_s = timeout_s
+
     def leave(self) -> None:
+        for link in self._links.values():
+            with contextlib.suppress(OSError):  # the peer may have been faster
+                link.shutdown(socket.SHUT_RDWR)
+        self._messages.leave()
+
+    def close(self) -> None:
         for link in self._links.values():
             link.close()
         self._messages.close()

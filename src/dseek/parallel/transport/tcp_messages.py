@@ -30,6 +30,7 @@ class _Posted:
     rank: int | None
     tag: int
     content: memoryview
+    start_s: float
 
 
 @dataclass(slots=True)
@@ -37,7 +38,7 @@ class _Peer:
     """The two directions of one connection."""
 
     link: socket.socket
-    sends: deque[tuple[int, list[memoryview]]] = field(default_factory=deque)
+    sends: deque[tuple[_Posted, list[memoryview]]] = field(default_factory=deque)
     header: bytearray = field(default_factory=bytearray)
     receiver: _Posted | None = None
     content: memoryview | None = None
@@ -58,6 +59,7 @@ class TcpMessages:
         self._lock = threading.Lock()
         self._fresh: list[tuple[bool, _Posted]] = []
         self._last_ticket = 0
+        self.timeout_s = 1800.0
         self._bell, self._ring = os.pipe()
         os.set_blocking(self._bell, False)
         os.set_blocking(self._ring, False)
@@ -73,11 +75,17 @@ class TcpMessages:
     def _post(self, *, is_send: bool, content: memoryview, rank: int | None, tag: int) -> int:
         with self._lock:
             self._last_ticket += 1
-            self._fresh.append((is_send, _Posted(self._last_ticket, rank, tag, content)))
+            self._fresh.append((is_send, _Posted(self._last_ticket, rank, tag, content, time.monotonic())))
             ticket = self._last_ticket
         with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
             os.write(self._ring, b"x")
         return ticket
+
+    def leave(self) -> None:
+        """End all connections; what is under way fails."""
+        for peer in self._peers.values():
+            with contextlib.suppress(OSError):  # the peer may have been faster
+                peer.link.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close everything."""
@@ -130,7 +138,7 @@ class TcpMessages:
             if is_send:
                 assert posted.rank is not None
                 header = memoryview(_HEADER.pack(posted.tag, len(posted.content)))
-                self._peers[posted.rank].sends.append((posted.ticket, [header, posted.content]))
+                self._peers[posted.rank].sends.append((posted, [header, posted.content]))
             elif not self._deliver_aside(posted):
                 self._receives.append(posted)
 
@@ -169,7 +177,7 @@ class TcpMessages:
             peer.error = error.found if isinstance(error, GroupError) else f"rank {rank} died or left"
 
     def _write(self, peer: _Peer) -> None:
-        ticket, parts = peer.sends[0]
+        posted, parts = peer.sends[0]
         num_sent = peer.link.sendmsg([part[:_CHUNK_BYTES] for part in parts[:1]] if len(parts) == 1 else parts)
         while parts and num_sent >= len(parts[0]):
             num_sent -= len(parts.pop(0))
@@ -177,7 +185,7 @@ class TcpMessages:
             parts[0] = parts[0][num_sent:]
         else:
             peer.sends.popleft()
-            self._finished.append(Finished(ticket, self._rank, ""))
+            self._finished.append(Finished(posted.ticket, self._rank, ""))
 
     def _read(self, rank: int, peer: _Peer) -> None:
         if peer.content is None:
@@ -231,13 +239,24 @@ class TcpMessages:
         return None
 
     def _give_up_lost(self) -> None:
-        """End what waits for a rank whose connection is gone."""
+        """End what waits for a rank whose connection is gone, or has waited too long."""
+        too_old_s = time.monotonic() - self.timeout_s
+        for rank, peer in self._peers.items():
+            # A message that is half through cannot be taken back: the connection is of no more use.
+            waiting = [posted for posted, _ in peer.sends] + ([peer.receiver] if peer.receiver else [])
+            if not peer.error and any(posted.start_s < too_old_s for posted in waiting):
+                peer.error = f"rank {rank} did not take or send a message within {self.timeout_s:g} s"
+        for posted in [one for one in self._receives if one.start_s < too_old_s]:
+            source = "no rank" if posted.rank is None else f"rank {posted.rank} did not"
+            error = f"{source} send a message with tag {posted.tag} within {self.timeout_s:g} s"
+            self._finished.append(Finished(posted.ticket, -1 if posted.rank is None else posted.rank, error))
+            self._receives.remove(posted)
         lost = {rank: peer.error for rank, peer in self._peers.items() if peer.error}
         if not lost:
             return
         for rank, error in lost.items():
             peer = self._peers[rank]
-            self._finished += [Finished(ticket, rank, error) for ticket, _ in peer.sends]
+            self._finished += [Finished(posted.ticket, rank, error) for posted, _ in peer.sends]
             peer.sends.clear()
             if peer.receiver is not None:
                 self._finished.append(Finished(peer.receiver.ticket, rank, error))

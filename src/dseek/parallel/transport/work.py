@@ -17,6 +17,7 @@ NO_TIMEOUT = timedelta(0)
 """What PyTorch passes for 'as long as it takes'."""
 
 _PROGRESS_LIMIT_S = 0.2
+_STOP_S = 1.0
 
 
 class GroupError(PeerError, RuntimeError):
@@ -166,12 +167,19 @@ class InOrder:
             finally:
                 self._running.release()
 
-    def stop(self) -> None:
-        """Let the thread end after what it has to do."""
+    def stop(self, interrupt: Callable[[], None]) -> None:
+        """Let the thread end after what it has to do.
+
+        Args:
+            interrupt: makes what is still under way fail; called after a moment in which it may end well.
+        """
         with self._lock:
             thread, self._thread = self._thread, None
         if thread is not None:
             self._queue.put(None)
+            thread.join(_STOP_S)
+        interrupt()
+        if thread is not None:
             thread.join()
 
     def _serve(self) -> None:
