@@ -21,7 +21,7 @@ from dseek.parallel.transport import native
 from dseek.parallel.transport.base import Finished, Transport
 
 MAX_SLOT_BYTES = 1 << 20
-"""Largest block. Beside copying so much, meeting is cheap; with 256 KiB it took half of the time."""
+"""Largest block: beside copying so much, meeting is cheap."""
 
 SLOTS_BYTES = 12 << 20
 """What the slots of all ranks may take together, so that they stay in the last cache."""
