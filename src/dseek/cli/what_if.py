@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dseek.cli.precision_options import precision_from
 from dseek.core.errors import ConfigError
+from dseek.core.logs import get_logger
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from dseek.plan.what_if import Point
 
 DEFAULT_CONTEXT = 2048
+_IDLE = ("threads", "calibration", "prompt_tokens", "answer_tokens", "attention", "attention_window", "rope_scaling")
+"""Options of `dseek plan` that a described machine does not know."""
+
 MAX_SHOWN = 24
 """Rows of a table."""
 
@@ -91,6 +95,12 @@ def run_what_if(args: argparse.Namespace) -> int:
     from dseek.plan import what_if
     from dseek.plan.outline import read_outline
 
+    idle = [name for name in _IDLE if getattr(args, name) is not None]
+    if args.objective != "latency":
+        idle.append("objective")
+    if idle:
+        flags = ", ".join("--" + name.replace("_", "-") for name in idle)
+        get_logger(__name__).warning("%s: without effect on a plan for a described machine", flags)
     outline, machine = read_outline(args.model), _machine(args.machine)
     if args.train:
         return _train(args, outline, machine)
