@@ -30,7 +30,10 @@ $(VENV)/.native: $(VENV)/.installed CMakeLists.txt $(CPP_FILES)
 	$(MAKE) native || echo "dseek: no native kernels (see above); dseek runs, slowly, on the PyTorch reference"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.native
+$(VENV)/.dev: $(VENV)/.native $(VENV)/.extras
+	touch $@
+
+$(VENV)/.extras: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable ".[dev,eval]"
 	touch $@
 
