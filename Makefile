@@ -64,6 +64,7 @@ rows: dev ## run benchmark rows on their smallest sizes, to see that they work (
 sanitize: dev ## build the kernels with AddressSanitizer and run what hunts for memory errors
 	@test -e "$$(g++ -print-file-name=libasan.so)" || { echo "sanitize: g++ has no libasan.so; install the one of its version" >&2; exit 1; }
 	cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILER=g++ -DDSEEK_SANITIZE=ON \
+	    -DDSEEK_VARIANTS="$(shell $(BIN)/python -c 'from dseek.ops import native as n; print(*n.require().variants(), sep=";")')" \
 	    -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	cmake --build $(SANITIZED) --parallel $(shell nproc)
 	$(BIN)/python -m pytest -m sanitizer tests/sanitizer

@@ -19,7 +19,8 @@ from dseek.ops import native
 from tests.models import tiny
 
 PIECE_TOKENS = 1024
-NUM_PIECES = 3
+NUM_PIECES, FEW_PIECES = 3, 1
+"""Pieces of text; few where there are no instructions for bf16, which is slow there."""
 LEAST_AGREEMENT = 0.99
 """Measured: 0.9932 to 0.9941, by text; transformers' own bf16: 0.973 to 0.981."""
 
@@ -32,8 +33,10 @@ def test_bf16_chooses_as_float32_does(embedded_model: Path) -> None:
 
     tiny.settle_trigonometry()
     text = Path(textwrap.__file__).read_text()
+    has_bf16 = "avx512_bf16" in native.require().cpu_features()
+    num_pieces = NUM_PIECES if has_bf16 else FEW_PIECES
     with dseek.load(str(embedded_model), precision="bf16", context=PIECE_TOKENS) as llm:
-        ids = llm.tokenizer.encode(text)[: NUM_PIECES * PIECE_TOKENS]
+        ids = llm.tokenizer.encode(text)[: num_pieces * PIECE_TOKENS]
         pieces = [ids[start : start + PIECE_TOKENS] for start in range(0, len(ids), PIECE_TOKENS)]
         ours = [llm.logits(piece) for piece in pieces]
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -42,7 +45,7 @@ def test_bf16_chooses_as_float32_does(embedded_model: Path) -> None:
     with torch.inference_mode():
         expected = [model(torch.tensor([piece]), use_cache=False).logits[0].numpy() for piece in pieces]
         theirs = []
-        if "avx512_bf16" in native.require().cpu_features():  # PyTorch emulates it elsewhere, in minutes a piece
+        if has_bf16:  # PyTorch emulates it elsewhere, in minutes a piece
             half = model.to(torch.bfloat16)
             theirs = [half(torch.tensor([piece]), use_cache=False).logits[0].float().numpy() for piece in pieces]
 
@@ -55,7 +58,7 @@ def test_bf16_chooses_as_float32_does(embedded_model: Path) -> None:
     figures = {"ours": (agreement(ours), error(ours))}
     if theirs:
         figures["transformers"] = (agreement(theirs), error(theirs))
-    assert len(ids) == NUM_PIECES * PIECE_TOKENS
+    assert len(ids) == num_pieces * PIECE_TOKENS
     assert figures["ours"][0] >= LEAST_AGREEMENT, figures
     if theirs:
         assert figures["ours"][0] > figures["transformers"][0], figures

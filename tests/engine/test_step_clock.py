@@ -29,6 +29,7 @@ def make_timed(runner: Timed, predicted_row_s: float) -> Engine:
     engine = make_engine(runner, prefill_chunk_tokens=512, prefix_cache=False)
     engine.now = lambda: runner.now_s
     engine.clock = StepClock(1.0, predicted_row_s)
+    engine.spares_answers = True
     return engine
 
 
@@ -79,6 +80,17 @@ def test_ranks_that_share_steps_do_not_look_at_clocks() -> None:
     assert runner.batches[1].num_rows == 512
 
 
+def test_prompts_are_not_cut_where_nobody_reads_along() -> None:
+    runner = Timed(step_s=1.0, row_s=10.0)
+    engine = make_timed(runner, 10.0)
+    engine.spares_answers = False
+    engine.add([1], SamplingParams(max_new_tokens=9, ignore_eos=True))
+    engine.step()
+    engine.add(list(range(250)) * 4, SamplingParams(max_new_tokens=1))
+    engine.step()
+    assert runner.batches[1].num_rows == 512
+
+
 def test_one_slow_step_changes_little() -> None:
     clock = StepClock(0.02, 0.001)
     before = clock.prompt_rows(4096)
@@ -92,6 +104,7 @@ def test_answers_are_the_same_however_prompts_are_cut() -> None:
     params = SamplingParams(max_new_tokens=4, ignore_eos=True)
     engine = make_engine(prefill_chunk_tokens=200)
     engine.clock = StepClock(1.0, 1.0)
+    engine.spares_answers = True
     engine.now = lambda: 0.0
     requests = [engine.add(list(range(n, n + 70)), params) for n in range(3)]
     assert run_all(engine, requests) == [alone(list(range(n, n + 70)), params) for n in range(3)]

@@ -44,6 +44,10 @@ def test_kernels() -> None:
         check("kernels", variant)
 
 
+def test_ranks_over_shared_memory() -> None:
+    check("transport")
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_hostile_calls(seed: int) -> None:
     check("calls", str(seed), str(NUM_CALLS))

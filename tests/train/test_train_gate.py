@@ -284,7 +284,7 @@ def test_training_goes_on_where_it_was_stopped(folder: Path, tmp_path: Path) -> 
 def test_lists_of_texts_and_lengths_take_turns(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("the quick brown fox jumps over the lazy dog. " * 2000)
     texts = ["--text", SOURCE, "--text", str(tmp_path / "words.txt")]
-    options = ["--tokens", "1024", "4608", "--samples", "4", "--passes", "1", "--gate-dim", "16"]
+    options = ["--tokens", "1024", "4608", "--samples", "4", "--passes", "1", "--gate-dim", "16", "--head-texts", "1"]
     out = tmp_path / "out"
     assert main(["train-gate", str(folder), *texts, *options, "--out", str(out)]) == 0
     assert [_sample_blocks(out, index) for index in range(4)] == [16, 16, 64, 64], "the model has 4096 positions"

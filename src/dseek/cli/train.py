@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -100,7 +101,8 @@ def _stopping() -> Iterator[Callable[[Trainer], None]]:
     def stop(number: int, _: object) -> None:
         if not trainers or trainers[0].stop_wanted:
             raise KeyboardInterrupt
-        print("dseek: stopping after this step (again: at once, nothing saved)", file=sys.stderr)
+        # The signal may come while a line is being printed, and print cannot begin inside of itself.
+        os.write(2, b"dseek: stopping after this step (again: at once, nothing saved)\n")
         trainers[0].stop()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from dseek.models.decoder import Decoder
     from dseek.models.files import ModelFiles
+    from dseek.models.window_choice import WindowChoice
     from dseek.train.gate_training import GateTraining, Progress
 
 HELP = "train the gate that chooses blocks for dynamic attention"
@@ -122,10 +123,12 @@ def run(args: argparse.Namespace) -> int:
     from dseek.models.files import open_model
     from dseek.models.gate_file import FILE_NAME, fingerprint
     from dseek.models.long_positions import extend_positions
+    from dseek.models.window_choice import WindowChoice
     from dseek.train import gate_training, head_shares
 
     config = gate_training.GateTraining(gate_dim=args.gate_dim, num_passes=args.passes, seed=args.seed)
     shares = head_shares.HeadShares(density=args.density, num_texts=args.head_texts, seed=args.seed)
+    window_choice = WindowChoice(mean_tokens=args.mean_window)
     if config.gate_dim % 16:
         raise ConfigError(f"the gate's width is {config.gate_dim}", needed="a multiple of 16")
     if args.threads is not None:
@@ -146,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
         if args.gate is not None:
             trained = _Trained.of_file(Path(args.gate), files)
         else:
-            trained = _train(args, config, decoders, texts, short, longest, folder, progress)
+            trained = _train(config, window_choice, decoders, texts, short, longest, folder, progress)
         costs = head_shares.measure_heads(decoders.of(own), short, trained.gates, folder / "heads", shares, progress)
         gate_training.save_gates(
             trained.gates,
@@ -196,8 +199,8 @@ class _Trained:
 
 
 def _train(
-    args: argparse.Namespace,
     config: GateTraining,
+    window_choice: WindowChoice,
     decoders: _Decoders,
     texts: list[torch.Tensor],
     short: list[torch.Tensor],
@@ -207,7 +210,6 @@ def _train(
 ) -> _Trained:
     """Make samples and train on them; goes on with what the folder holds."""
     from dseek.models.gate_file import fingerprint
-    from dseek.models.window_choice import WindowChoice
     from dseek.train import gate_training, level_bias
     from dseek.train.sample_windows import sample_windows
 
@@ -219,12 +221,12 @@ def _train(
         decoders.of(shape.max_position_embeddings),
         short,
         folder / "level_bias.safetensors",
-        level_bias.LevelBiasTraining(seed=args.seed),
+        level_bias.LevelBiasTraining(seed=config.seed),
         progress,
     )
     gates = gate_training.new_gates(shape, config)
     gate_training.train_gates(gates, samples, folder / "state.safetensors", config, progress)
-    windows = sample_windows(samples, shape, WindowChoice(mean_tokens=args.mean_window))
+    windows = sample_windows(samples, shape, window_choice)
     return _Trained(gates, windows, biases)
 
 

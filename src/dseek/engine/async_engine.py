@@ -95,7 +95,7 @@ class AsyncEngine:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        engine.isolates_failures = True
+        engine.isolates_failures = engine.spares_answers = True
         self._changed = threading.Condition(threading.RLock())
         self._commands: deque[Callable[[], None]] = deque()
         self._streams: dict[int, Stream] = {}

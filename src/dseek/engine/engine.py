@@ -74,6 +74,8 @@ class Engine:
         self.counters = Counters()
         self.allocator = PageAllocator(runner.num_pages, plan.page_tokens)
         self.clock = StepClock.predicted(plan)
+        self.spares_answers = False
+        """Cut prompts so that running answers wait no longer than `StepClock` says: where somebody reads along."""
         self.now = time.perf_counter
         """Tells the time in seconds."""
         self.prefixes = PrefixCache(self.allocator) if options.prefix_cache else None
@@ -265,7 +267,8 @@ class Engine:
     def free_rows(self) -> int:
         """Rows that a batch may have without keeping running answers waiting for long."""
         most = self.scheduler.max_rows
-        return most if self.runner.is_shared or not self.scheduler.running else self.clock.prompt_rows(most)
+        rows = self._prompt_rows() if self.scheduler.running else None
+        return most if rows is None else rows
 
     @property
     def traced_model(self) -> tuple[ModelFiles, Plan] | None:
@@ -309,8 +312,10 @@ class Engine:
         return Speculator(self.options.speculate, None if self.runner.is_shared else self.clock)
 
     def _prompt_rows(self) -> int | None:
-        """Rows that prompts may have in a step that answers wait for; None where ranks must decide alike."""
-        return None if self.runner.is_shared else self.clock.prompt_rows(self.scheduler.max_rows)
+        """Rows that prompts may have in a step that answers wait for; None: all, as where ranks must decide alike."""
+        if not self.spares_answers or self.runner.is_shared:
+            return None
+        return self.clock.prompt_rows(self.scheduler.max_rows)
 
     def _not_finite(self, request: Request) -> NotFiniteError:
         """Make the error of a request whose last token's logits are not finite."""

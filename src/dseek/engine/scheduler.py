@@ -166,7 +166,8 @@ class Scheduler:
         """Tell whether a request finds a place and pages, with one more for each answer that may soon need it."""
         if len(self.running) >= self.max_batch:
             return False
-        wanted = self._first_pages(request) - len(shared) + len(self.running)
+        num_growing = sum(self.allocator.pages_for(other.max_tokens) > len(other.pages) for other in self.running)
+        wanted = self._first_pages(request) - len(shared) + num_growing
         return wanted <= self.allocator.num_free - self.allocator.num_idle(shared)
 
     def _first_pages(self, request: Request) -> int:

@@ -21,10 +21,12 @@ size_t whole_blocks(int tokens) { return static_cast<size_t>(round_up(tokens, kK
 }  // namespace
 
 const EncoderDecoderKernels& encoder_decoder_kernels() {
-#if defined(__x86_64__)
-    const std::string name = kernels().name;
+    [[maybe_unused]] const std::string name = kernels().name;
+#if defined(DSEEK_HAS_AVX2)
     if (name == "avx2") return avx2_encoder_decoder();
-    if (name != "generic") return avx512_encoder_decoder();
+#endif
+#if defined(DSEEK_HAS_AVX512)
+    if (name == "avx512" || name == "amx") return avx512_encoder_decoder();
 #endif
     return generic_encoder_decoder();
 }

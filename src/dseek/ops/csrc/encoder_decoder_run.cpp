@@ -236,9 +236,11 @@ void EncoderDecoder::choose(const TranslationBatch& batch, int thread_idx, int s
                         .bias = head_.bias,
                         .out = logits,
                         .out_stride = stride});
+        // Channels beyond the vocabulary are padding; what its bias says must never become a token.
+        const int first = panel * kPanel, count = std::min(end * kPanel, shape_.vocab_size) - first;
         for (int row = 0; row < num_rows; ++row) {
-            rows_->largest(logits + static_cast<size_t>(row) * stride + panel * kPanel, (end - panel) * kPanel,
-                           panel * kPanel, best + row, &worker.best_index[static_cast<size_t>(row)]);
+            rows_->largest(logits + static_cast<size_t>(row) * stride + first, count, first, best + row,
+                           &worker.best_index[static_cast<size_t>(row)]);
         }
     }
     for (int row = 0; batch.logits != nullptr && row < num_rows; ++row) {

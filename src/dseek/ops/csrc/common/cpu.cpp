@@ -63,14 +63,28 @@ CpuFeatures detect() { return {}; }
 
 #endif
 
-const KernelTable* best() {
-#if defined(__x86_64__)
-    const CpuFeatures& features = cpu_features();
-    if (features.amx) return &amx_kernels();
-    if (features.avx512_vnni && features.avx512_bf16) return &avx512_kernels();
-    if (features.avx2) return &avx2_kernels();
+// A variant that was compiled. Its table is asked for only where the processor runs it.
+struct Variant {
+    const char* name;
+    bool runs;
+    const KernelTable& (*table)();
+};
+
+// From the slowest to the fastest.
+std::vector<Variant> variants() {
+    [[maybe_unused]] const CpuFeatures& features = cpu_features();
+    std::vector<Variant> found{{"generic", true, &generic_kernels}};
+#if defined(DSEEK_HAS_AVX2)
+    found.push_back({"avx2", features.avx2, &avx2_kernels});
 #endif
-    return &generic_kernels();
+#if defined(DSEEK_HAS_AVX512)
+    found.push_back({"avx512", features.avx512_vnni && features.avx512_bf16, &avx512_kernels});
+#endif
+#if defined(DSEEK_HAS_AMX)
+    found.push_back({"amx", features.amx, &amx_kernels});
+#endif
+    std::erase_if(found, [](const Variant& variant) { return !variant.runs; });
+    return found;
 }
 
 std::atomic<const KernelTable*> selected{nullptr};
@@ -83,18 +97,15 @@ const CpuFeatures& cpu_features() {
 }
 
 std::vector<std::string> runnable_variants() {
-    std::vector<std::string> names{"generic"};
-    const CpuFeatures& features = cpu_features();
-    if (features.avx2) names.emplace_back("avx2");
-    if (features.avx512_vnni && features.avx512_bf16) names.emplace_back("avx512");
-    if (features.amx) names.emplace_back("amx");
+    std::vector<std::string> names;
+    for (const Variant& variant : variants()) names.emplace_back(variant.name);
     return names;
 }
 
 const KernelTable& kernels() {
     const KernelTable* table = selected.load(std::memory_order_acquire);
     if (table == nullptr) {
-        table = best();
+        table = &variants().back().table();
         selected.store(table, std::memory_order_release);
     }
     return *table;
@@ -102,24 +113,20 @@ const KernelTable& kernels() {
 
 void select_kernels(const char* name) {
     const std::string wanted = name;
-    bool runnable = wanted == "auto";
+    const std::vector<Variant> found = variants();
     std::string choices = "auto";
-    for (const std::string& variant : runnable_variants()) {
-        runnable = runnable || variant == wanted;
-        choices += ", " + variant;
+    for (const Variant& variant : found) {
+        if (wanted == variant.name) {
+            selected.store(&variant.table(), std::memory_order_release);
+            return;
+        }
+        choices += std::string(", ") + variant.name;
     }
-    if (!runnable) {
+    if (wanted != "auto") {
         throw std::invalid_argument("kernel variant '" + wanted + "' does not run on this processor; needed: one of " +
                                     choices);
     }
-    const KernelTable* table = best();
-    if (wanted == "generic") table = &generic_kernels();
-#if defined(__x86_64__)
-    if (wanted == "avx2") table = &avx2_kernels();
-    if (wanted == "avx512") table = &avx512_kernels();
-    if (wanted == "amx") table = &amx_kernels();
-#endif
-    selected.store(table, std::memory_order_release);
+    selected.store(&found.back().table(), std::memory_order_release);
 }
 
 }  // namespace dseek

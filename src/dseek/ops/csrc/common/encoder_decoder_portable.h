@@ -95,10 +95,12 @@ inline void store_key_value(const float* key, const float* value, int position, 
 
 inline void largest(const float* values, int count, int first, float* best, int32_t* index) {
     f32x16 most = splat(*best);
-    for (int i = 0; i < count; i += 16) most = max(most, load(values + i));
-    const float found = largest_lane(most);
+    int i = 0;
+    for (; i + 16 <= count; i += 16) most = max(most, load(values + i));
+    float found = largest_lane(most);
+    for (; i < count; ++i) found = values[i] > found ? values[i] : found;
     if (!(found > *best)) return;
-    for (int i = 0; i < count; ++i) {
+    for (i = 0; i < count; ++i) {
         if (values[i] == found) {
             *best = found;
             *index = first + i;
