@@ -67,7 +67,7 @@ sanitize: dev ## build the kernels with AddressSanitizer and run what hunts for 
 	    -DDSEEK_VARIANTS="$(shell $(BIN)/python -c 'from dseek.ops import native as n; print(*n.require().variants(), sep=";")')" \
 	    -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	cmake --build $(SANITIZED) --parallel $(shell nproc)
-	$(BIN)/python -m pytest -m sanitizer tests/sanitizer
+	$(BIN)/python -m pytest -n 2 -m sanitizer tests/sanitizer
 
 lint: dev ## ruff, mypy, the import table, clang-format
 	$(BIN)/ruff check .

@@ -48,7 +48,9 @@ BATCHES = (1, 32)
 SETTLE_S = 0.1
 """Rest before a timed call, in which the other engine's threads stop spinning."""
 MAX_MEDIAN_GAP = 1e-4
-"""Median difference of int8 logits from their reference; a value on the boundary of two integers may go either way."""
+"""Median difference of a sentence's int8 logits from their reference's, where no input lies on the boundary of two
+integers. Where one does, a last digit sends it either way, and the reference in float32 differs as much from itself in
+float64 (some 0.01): by so much, twice over, the kernels may differ too."""
 LEAST_COSINE = 0.9995
 """Least cosine of all int8 logits of a sentence with their reference's."""
 LEAST_AGREEMENT = 0.98
@@ -183,30 +185,44 @@ def _check(entrants: _Entrants, num_sentences: int) -> dict[str, Any]:
     """Compare int8 with the rounding that was trained, and the eager engine with transformers."""
     sources = entrants.sources[:: max(1, len(entrants.sources) // num_sentences)][:num_sentences]
     answers = _decode(entrants.eager, sources, 1)
-    gaps, cosines = [], []
+    gaps, own_gaps, cosines = [], [], []
     for runner, module in entrants.modules:
-        # `prepare` works in place, so it gets a copy.
-        copy = Marian(module.shape)
-        copy.load_state_dict(module.state_dict())
-        reference = qat.prepare(copy.eval(), qat.QatConfig(activations="dynamic"))
+        reference, exact = (_rounding(module).to(dtype) for dtype in (torch.float32, torch.float64))
         kept = [token for token in range(module.shape.vocab_size) if token not in module.shape.suppressed_ids]
         for source, answer in zip(sources, answers, strict=True):
             target = [*answer, module.shape.eos_id][: module.shape.max_positions]
             inputs = torch.tensor([[module.shape.start_id, *target[:-1]]])
             with torch.no_grad():
-                expected = reference(torch.tensor([list(source)]), inputs)[0].double().numpy()[:, kept]
+                expected, wide = (
+                    model(torch.tensor([list(source)]), inputs)[0].double().numpy()[:, kept]
+                    for model in (reference, exact)
+                )
             found = runner.logits(source, target)[:, kept].astype(np.float64)
             gaps.append(float(np.median(np.abs(found - expected))))
+            own_gaps.append(float(np.median(np.abs(wide - expected))))
             norms = np.linalg.norm(found) * np.linalg.norm(expected)
             cosines.append(float((found * expected).sum() / norms))
-    if statistics.median(gaps) > MAX_MEDIAN_GAP or min(cosines) < LEAST_COSINE:
+    allowed = 2 * max(MAX_MEDIAN_GAP, *own_gaps)
+    if min(gaps) > MAX_MEDIAN_GAP or max(gaps) > allowed or min(cosines) < LEAST_COSINE:
         raise IncorrectError(
-            f"int8 logits are {statistics.median(gaps):.2g} (median) from their reference, cosine {min(cosines):.5f}"
+            f"int8 logits are {min(gaps):.2g} to {max(gaps):.2g} (medians of sentences) from their reference, which in "
+            f"float64 is up to {max(own_gaps):.2g} from itself; cosine {min(cosines):.5f}"
         )
     agreement = _agreement(answers, _by_transformers(entrants.eager, sources))
     if agreement < LEAST_AGREEMENT:
         raise IncorrectError(f"only {agreement:.3f} of the sentences are those of transformers")
-    return {"median_gap": statistics.median(gaps), "least_cosine": min(cosines), "as_transformers": agreement}
+    return {
+        "gaps": {"least": min(gaps), "most": max(gaps), "of_reference": max(own_gaps)},
+        "least_cosine": min(cosines),
+        "as_transformers": agreement,
+    }
+
+
+def _rounding(module: Marian) -> torch.nn.Module:
+    """A model that rounds as it was trained to; `prepare` works in place, so it gets a copy."""
+    copy = Marian(module.shape)
+    copy.load_state_dict(module.state_dict())
+    return qat.prepare(copy.eval(), qat.QatConfig(activations="dynamic"))
 
 
 def _by_transformers(eager: TorchMarian, sources: Sequence[Sequence[int]]) -> list[list[int]]:
