@@ -13,6 +13,7 @@ from dseek.core.errors import ConfigError
 from dseek.parallel.transport import native, reference
 from dseek.parallel.transport.meeting import host_id
 from tests.parallel import transport_scenarios as scenarios
+from tests.parallel import transport_troubles as troubles
 from tests.parallel.distributed import RankError, run_ranks
 
 TRANSPORTS = [pytest.param("dseek", marks=pytest.mark.native), "dseek:tcp"]
@@ -32,7 +33,7 @@ def test_few_and_many_ranks(world_size: int) -> None:
 
 @pytest.mark.parametrize("backend", TRANSPORTS)
 def test_ranks_that_call_different_things_are_told(backend: str) -> None:
-    first, second = run_ranks(2, scenarios.disagree, backend=backend)
+    first, second = run_ranks(2, troubles.disagree, backend=backend)
     for message, own, other in ((first, 0, 1), (second, 1, 0)):
         assert "all_reduce number 1" in message and f"rank {other}" in message, own
         assert "12" in message and "16" in message
@@ -42,7 +43,7 @@ def test_ranks_that_call_different_things_are_told(backend: str) -> None:
 @pytest.mark.parametrize("how", ["killed", "left"])
 def test_a_peer_that_goes_is_an_error_within_seconds(backend: str, how: str) -> None:
     before = _leftovers()
-    *survivors, _ = run_ranks(3, scenarios.lose_a_peer, how, backend=backend, may_die=(2,))
+    *survivors, _ = run_ranks(3, troubles.lose_a_peer, how, backend=backend, may_die=(2,))
     for message, waited_s in survivors:
         assert waited_s < 10
         assert "rank 2" in message or "gave up" in message or "rank 1 died or left" in message
@@ -56,18 +57,18 @@ def _leftovers() -> set[str]:
 
 @pytest.mark.parametrize("backend", TRANSPORTS)
 def test_a_silent_peer_is_waited_for_as_long_as_was_said(backend: str) -> None:
-    message, _ = run_ranks(2, scenarios.wait_for_the_silent, backend=backend)
+    message, _ = run_ranks(2, troubles.wait_for_the_silent, backend=backend)
     assert "did not" in message
 
 
 @pytest.mark.parametrize("backend", TRANSPORTS)
 def test_destroying_a_group_does_not_wait_for_its_operations(backend: str) -> None:
-    assert max(run_ranks(2, scenarios.leave_something_undone, backend=backend)) < 60
+    assert max(run_ranks(2, troubles.leave_something_undone, backend=backend)) < 60
 
 
 @pytest.mark.native
 def test_ctrl_c_ends_a_wait() -> None:
-    assert run_ranks(2, scenarios.interrupt, backend="dseek") == [True, True]
+    assert run_ranks(2, troubles.interrupt, backend="dseek") == [True, True]
 
 
 @pytest.mark.native

@@ -94,11 +94,8 @@ def _refuse_methods(args: argparse.Namespace) -> None:
     """What says how integers are chosen means nothing without them."""
     plain = argparse.ArgumentParser()
     quantize.add_method(plain)
-    given = [
-        action.option_strings[0]
-        for action in plain._actions
-        if getattr(args, action.dest, action.default) != action.default
-    ]
+    defaults = vars(plain.parse_args([]))
+    given = [f"--{name.replace('_', '-')}" for name, default in defaults.items() if getattr(args, name) != default]
     if given:
         raise ConfigError(
             f"{', '.join(given)} without --enable_quantization", remedy="add --enable_quantization int8 or int4"

@@ -6,7 +6,7 @@ So small values keep a relative precision, as in the tables of Dettmers et al., 
 rounding are elementwise, which on a processor is quicker than looking up 256 entries. A second moment that is not zero
 never becomes zero, since it is divided by. Parameters below 4,096 values keep float32.
 
-Why not torchao's: it looks its codes up in tables and has to be compiled first, and was the slower one on a processor;
+Why not torchao's: it looks its codes up in tables and has to be compiled first;
 this one also keeps its state in tensors of plain types, which safetensors holds.
 
 Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, section 2; Loshchilov and Hutter 2019,
@@ -75,7 +75,8 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _update(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
         values = local(parameter).view(-1)
-        gradient = local(parameter.grad).reshape(-1) if parameter.grad is not None else values
+        assert parameter.grad is not None
+        gradient = local(parameter.grad).reshape(-1)
         state = self.state[parameter]
         state["step"] += 1
         (beta1, beta2), step = group["betas"], float(state["step"])

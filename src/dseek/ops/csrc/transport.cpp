@@ -27,7 +27,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr char kMagic[8] = {'d', 's', 'e', 'e', 'k', 's', 'g', '1'};
 constexpr int kTickMilliseconds = 10;
-constexpr int kSpins = 4000;  // some 0.1 ms with a processor for each rank
+constexpr int kSpins = 4000;  // with a processor for each rank
 constexpr int kSpinsWhenCrowded = 40;
 
 size_t rounded_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
