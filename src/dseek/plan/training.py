@@ -18,7 +18,10 @@ from dseek.core.shape import ModelShape
 from dseek.plan.explain import size_text
 
 RUNTIME_BYTES = 96 << 20
-"""What libraries, threads and buffers of products take once a step runs on the processor, beside all tensors."""
+"""What libraries, threads and buffers of products take once a step runs on the processor, beside all tensors.
+
+Not derived, but fitted to small trainings on one machine of two cores with AVX2; the row `plan-train-memory` judges it.
+"""
 WIDE = 4
 """Bytes of weights, gradients, moments and sums: float32."""
 STRATEGIES = ("none", "zero1", "zero2", "zero3")
