@@ -12,7 +12,7 @@ import torch
 
 from dseek.core.errors import ConfigError, PeerError
 from dseek.train import faults
-from dseek.train.lease import Lease, read_lease
+from dseek.train.lease import Lease, LeaseState, read_lease
 from dseek.train.supervisor import Supervisor, SupervisorConfig, supervise
 from tests.parallel.distributed import run_ranks
 from tests.train.supervised_worker import train
@@ -71,17 +71,18 @@ def test_it_gives_up_where_nothing_moves(tmp_path: Path) -> None:
     )
     with pytest.raises(PeerError, match="ended with status 4"):
         supervisor.run()
-    assert len(supervisor.restarts) == 3
+    assert len(supervisor.restarts) == 2
 
 
 def test_a_lease_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "lease"
     path.write_bytes(b"")
-    assert read_lease(path) == (0, 0)
+    assert read_lease(path) == LeaseState()
     lease = Lease(path)
     lease.renew(5)
     lease.renew(9)
-    assert read_lease(path) == (2, 9)
+    lease.sign()
+    assert read_lease(path) == LeaseState(signs=3, renewals=2, step=9)
     monkeypatch.setattr(os, "getppid", lambda: 1)
     with pytest.raises(PeerError, match="supervisor of this process has ended"):
         lease.renew(10)

@@ -1,4 +1,8 @@
-"""`dseek train CONFIG`: pretrain or fine-tune a model as a TOML file says, on one process or those torchrun started."""
+"""`dseek train CONFIG`: pretrain or fine-tune a model as a TOML file says.
+
+On one process, on those that torchrun started, or with `--nproc-per-node` on as many as that, kept alive by the
+supervisor.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dseek.cli.options import add_json
+from dseek.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from dseek.plan.training import TrainingChoice
@@ -40,6 +45,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="replace a value of the file, such as max_steps=100 or data.max_length=512; may be given several times",
     )
+    parser.add_argument(
+        "--nproc-per-node",
+        type=int,
+        metavar="N",
+        help="start N ranks on this host and keep them alive: where one is lost, all start again from the newest "
+        "snapshot or checkpoint",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        metavar="M",
+        help="with --nproc-per-node: restarts in a row without a new step, after which to give up (default 3)",
+    )
+    parser.add_argument(
+        "--hang-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="with --nproc-per-node: a rank that shows no progress for so long is lost (default: 60, or ten times the "
+        "longest wait so far, if that is more)",
+    )
+    parser.add_argument(
+        "--inject-fault",
+        action="append",
+        default=[],
+        metavar="KIND:RANK@STEP",
+        help="let a rank fail when STEP steps are done, to see a recovery: kill, stop, exit, or slow (with :SECONDS "
+        "behind it); strikes at the first start alone; may be given several times",
+    )
     parser.add_argument("--dry-run", action="store_true", help="show what is decided and the memory expected, and end")
     add_json(parser)
 
@@ -56,9 +89,21 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         DseekError: the configuration, the model, a file or the memory is not what is needed.
     """
+    from dseek.train import faults
     from dseek.train.config import load_config
 
     config = load_config(args.config, args.set)
+    given = [faults.parse(text) for text in args.inject_fault]
+    if args.nproc_per_node is not None:
+        from dseek.cli.train_supervised import run_supervised
+
+        return run_supervised(args, config, given)
+    for name in ("max_restarts", "hang_timeout"):
+        if getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} without --nproc-per-node", needed="both, or neither", remedy="torchrun has its own"
+            )
     if config.method == "gate":
         return _train_gate(config)
 
@@ -71,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
                 _show_plan(training, as_json=args.json)
             return 0
         with shown_training(training) as listener, _stopping() as on_ready:
-            result = train(training, listener, on_ready=on_ready)
+            result = train(training, listener, on_ready=on_ready, faults=given)
         if not training.processes.is_first:
             return STOPPED if result.was_stopped else 0
         predicted = training.choice.memory.peak_bytes
@@ -152,6 +197,7 @@ def _plan_rows(config: TrainConfig, choice: TrainingChoice) -> list[tuple[str, s
         ("activations", size_text(memory.activations_bytes)),
         ("loss", size_text(memory.logits_bytes)),
         ("process", size_text(memory.process_bytes)),
+        *([("snapshots", f"up to {size_text(memory.snapshots_bytes)}")] if work.snapshots else []),
         ("peak, predicted", size_text(memory.peak_bytes)),
     ]
 

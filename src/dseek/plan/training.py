@@ -70,6 +70,8 @@ class TrainingWork:
     """Rows of the head at a time; 0 is all."""
     mlp_chunk_tokens: int = 0
     """Tokens of an MLP at a time; 0 is all."""
+    snapshots: bool = False
+    """The state is copied aside now and then, to be written while the training goes on."""
 
     @property
     def num_tokens(self) -> int:
@@ -93,6 +95,8 @@ class TrainingMemory:
     """What the forward pass keeps, and the block that is computed again."""
     logits_bytes: int
     """The head's loss while it is computed."""
+    snapshots_bytes: int
+    """Copies of the state that are being written, where they come quicker than they are written."""
     peak_bytes: int
     """The most at one time."""
 
@@ -197,6 +201,11 @@ def predict_training(work: TrainingWork, process_bytes: int) -> TrainingMemory:
     tied = 2 * table * WIDE if shape.tie_word_embeddings and not work.lora_rank else 0
     after = gradients + again + temporary + tied
     during = max(activations + max(logits, temporary + again) + before, after)
+    # 5. Two copies of what this rank writes of the state; in the host's memory, and of moments that lie elsewhere none.
+    copied = (
+        0 if work.offload != "none" or not process_bytes else 2 * (learned * WIDE // world + moments // _parts(work))
+    )
+    snapshots = copied if work.snapshots else 0
     return TrainingMemory(
         process_bytes=process_bytes,
         weights_bytes=weights,
@@ -204,7 +213,8 @@ def predict_training(work: TrainingWork, process_bytes: int) -> TrainingMemory:
         optimizer_bytes=moments,
         activations_bytes=activations + again,
         logits_bytes=logits,
-        peak_bytes=process_bytes + weights + moments + during,
+        snapshots_bytes=snapshots,
+        peak_bytes=process_bytes + weights + moments + snapshots + during,
     )
 
 
@@ -324,6 +334,11 @@ def _chunk(shape: ModelShape) -> int:
     while chunk * 2 <= min(rows, LOGITS_CHUNK_TOKENS):
         chunk *= 2
     return chunk
+
+
+def _parts(work: TrainingWork) -> int:
+    """Ranks among whom moments are shared out that each of them holds whole."""
+    return work.world_size if work.shard_strategy == "none" else 1
 
 
 def _backward_bytes(work: TrainingWork) -> int:

@@ -107,6 +107,19 @@ def _new_moments(values: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def moment_sizes(num_values: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Tell what the moments of so many values are, to hold what was read from a file against it.
+
+    Args:
+        num_values: of a parameter, or of this rank's part of it.
+
+    Returns:
+        Shape and dtype of each tensor but the step.
+    """
+    moments = _new_moments(torch.empty(num_values, device="meta"))
+    return {key: (tuple(value.shape), value.dtype) for key, value in moments.items()}
+
+
 def _widened(state: dict[str, Any], name: str, part: slice, blocks: slice, power: int) -> torch.Tensor:
     """Moments of a chunk in float32; those that are kept so are handed out themselves."""
     codes = state[name][part]

@@ -1,8 +1,8 @@
 """`TrainConfig`: everything that `dseek train` is told, read from one TOML file.
 
 Names are those of transformers' `TrainingArguments` (and of TRL's `SFTConfig` for data) wherever the thing is the same;
-what is dseek's own lies in the tables `data`, `memory`, `lora`, `shape` and `gate`. Ranges are checked here, whether a
-file or a model exists is found out by who opens it.
+what is dseek's own lies in the tables `data`, `memory`, `checkpoints`, `lora`, `shape` and `gate`. Ranges are checked
+here, whether a file or a model exists is found out by who opens it.
 """
 
 from __future__ import annotations
@@ -146,6 +146,31 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointOptions:
+    """Snapshots: the whole state, written while the training goes on (`dseek.train.checkpoints`)."""
+
+    snapshot_steps: int = 0
+    """Steps from one snapshot to the next; 0 makes none."""
+    remote: str | None = None
+    """A second folder that gets a copy of each snapshot, such as a mounted network disk."""
+    keep_last: int = 2
+    """Newest snapshots that are kept."""
+    compress: bool = True
+    """Compress tensors where that saves enough; needs the extra `zstd`."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            ConfigError: a value out of its range.
+        """
+        _check_range("checkpoints.snapshot_steps", self.snapshot_steps, 0, 1 << 40)
+        _check_range("checkpoints.keep_last", self.keep_last, 1, 1 << 20)
+        if self.remote is not None and not self.remote.strip():
+            raise ConfigError("checkpoints.remote is empty", needed="a folder, or no such key")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GateOptions:
     """`method = "gate"`: the options of `dseek train-gate`, under the same names."""
 
@@ -211,6 +236,8 @@ class TrainConfig:
     """With `method = "gate"`: the gate."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     """How memory is kept within bounds."""
+    checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
+    """Snapshots to go on from, beside the folders of `save_steps`."""
 
     max_steps: int = -1
     """Steps of the optimiser; -1 counts the rows and makes `num_train_epochs` passes over them."""

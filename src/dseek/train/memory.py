@@ -8,25 +8,32 @@ from pathlib import Path
 
 import torch
 
-from dseek.core.errors import ConfigError
+from dseek.core.errors import ConfigError, MemoryLimitError
+from dseek.core.logs import get_logger
 from dseek.plan.training import TrainingChoice, TrainingWork, choose_training
 from dseek.train.config import TrainConfig
 from dseek.train.model_source import ModelSource
+from dseek.train.preparation import MemoryChoice
 from dseek.train.processes import Processes
 
+_log = get_logger(__name__)
 FREE_SHARE = 0.9
 """Share of the free memory that a training takes where no limit is set."""
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
 _SCALES = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
-def choose(config: TrainConfig, source: ModelSource, processes: Processes) -> TrainingChoice:
+def choose(
+    config: TrainConfig, source: ModelSource, processes: Processes, before: MemoryChoice | None = None
+) -> TrainingChoice:
     """Choose how memory is saved. All ranks call this together and choose alike.
 
     Args:
         config: the training.
         source: the model.
         processes: who shares it.
+        before: what was chosen when the training began, which is chosen again where it fits, so that sums are rounded
+            as they were then.
 
     Returns:
         The choice with its prediction.
@@ -51,10 +58,24 @@ def choose(config: TrainConfig, source: ModelSource, processes: Processes) -> Tr
             f"memory.gradient_checkpointing is {layers}", needed=f"at most {num_layers}, the blocks there are"
         )
     chunk = memory.logits_chunk_tokens
+    work = work_of(config, source, processes.world_size)
+    process, least = int(figures[:, 0].max()), int(figures[:, 1].min())
+    if before is not None:
+        try:
+            return choose_training(
+                work,
+                process_bytes=process,
+                limit_bytes=least,
+                shard_strategy=before.shard_strategy,
+                checkpointed_layers=before.checkpointed_layers,
+                logits_chunk_tokens=before.logits_chunk_tokens,
+            )
+        except MemoryLimitError as error:
+            _log.warning("%s: memory is saved otherwise than before, so the last bits may differ", error.found)
     return choose_training(
-        work_of(config, source, processes.world_size),
-        process_bytes=int(figures[:, 0].max()),
-        limit_bytes=int(figures[:, 1].min()),
+        work,
+        process_bytes=process,
+        limit_bytes=least,
         shard_strategy=memory.shard_strategy,
         checkpointed_layers=layers,
         logits_chunk_tokens=None if isinstance(chunk, str) else chunk,
@@ -83,6 +104,7 @@ def work_of(config: TrainConfig, source: ModelSource, world_size: int) -> Traini
         optimizer=config.optim,
         offload=config.memory.offload_optimizer,
         mlp_chunk_tokens=config.memory.mlp_chunk_tokens,
+        snapshots=bool(config.checkpoints.snapshot_steps),
     )
 
 

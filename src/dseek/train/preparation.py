@@ -7,6 +7,7 @@ that no rank ever holds a model it need not hold.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from dseek.train.shards import Shards, fill
 
 MAY_CHANGE = frozenset(
     {
-        "output_dir", "memory", "max_steps", "num_train_epochs", "per_device_eval_batch_size", "logging_steps",
-        "eval_steps", "save_steps", "save_total_limit", "report_to", "device", "ddp_backend", "num_threads",
+        "output_dir", "memory", "checkpoints", "max_steps", "num_train_epochs", "per_device_eval_batch_size",
+        "logging_steps", "eval_steps", "save_steps", "save_total_limit", "report_to", "device", "ddp_backend",
+        "num_threads",
     }
 )  # fmt: skip
 """Keys that a training may go on with other values of; every other one decides what is learned."""
@@ -91,7 +93,12 @@ def make_model(config: TrainConfig, source: ModelSource, processes: Processes, c
     )
     model = LanguageModel(decoder, choice.logits_chunk_tokens)
     shards = Shards(model, choice.shard_strategy, processes.world_size, processes.device)
-    fill(model, processes.device, lambda name, sizes: source.tensor(name.removeprefix("decoder."), sizes))
+
+    def first_value(name: str, sizes: tuple[int, ...]) -> torch.Tensor:
+        processes.lease.sign()
+        return source.tensor(name.removeprefix("decoder."), sizes)
+
+    fill(model, processes.device, first_value)
     return Prepared(source=source, model=model, shards=shards, optimizer=make_optimizer(model, config, processes))
 
 
@@ -141,16 +148,20 @@ def make_data(config: TrainConfig, rows: PackedRows, state: RowState, processes:
     )
 
 
-def count_rows(rows: PackedRows) -> int:
+def count_rows(rows: PackedRows, on_row: Callable[[], None] = lambda: None) -> int:
     """Count the rows of one pass over the data, by making them.
 
     Args:
         rows: the stream.
+        on_row: called for each.
 
     Raises:
         ConfigError: there is none.
     """
-    count = sum(1 for _ in rows.rows(rows.start(), repeat=False))
+    count = 0
+    for _ in rows.rows(rows.start(), repeat=False):
+        on_row()
+        count += 1
     if not count:
         raise ConfigError("the files of data.train hold no text", needed="at least one document that is not empty")
     return count

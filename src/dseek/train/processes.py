@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -16,7 +19,10 @@ import torch.distributed as dist
 from dseek.core.errors import ConfigError, PeerError
 from dseek.parallel.meeting import LAUNCHER_VARIABLES
 from dseek.train.config import TrainConfig
+from dseek.train.lease import Lease
 
+_OF_PEERS = re.compile(r"gloo|nccl|connection (closed|reset)|rank \d+ ", re.IGNORECASE)
+"""What a message of PyTorch's process groups has that is about a peer."""
 TIMEOUT_S = 600.0
 """How long a rank waits for one that is alive and silent, such as one that writes a checkpoint to a slow disk."""
 
@@ -36,6 +42,8 @@ class Processes:
         self.device = _device(config)
         if not dist.is_initialized() and all(os.environ.get(name) for name in LAUNCHER_VARIABLES):
             _meet(config, self.device)
+        self.lease = Lease()
+        """What a supervisor watches."""
         alone = not dist.is_initialized()
         self.rank, self.world_size = (0, 1) if alone else (dist.get_rank(), dist.get_world_size())
 
@@ -64,10 +72,7 @@ class Processes:
         try:
             dist.all_gather(every, own)
         except RuntimeError as error:
-            raise PeerError(
-                f"a peer died or does not answer ({str(error).strip().splitlines()[0]})",
-                remedy="look at the first rank that failed, and start all of them again",
-            ) from error
+            raise _lost(error) from error
         return torch.stack(every).cpu()
 
     def sum(self, *values: float) -> list[float]:
@@ -88,6 +93,28 @@ class Processes:
     def wait(self) -> None:
         """Wait until all ranks are here."""
         self.sum(0.0)
+
+    @contextmanager
+    def among_peers(self) -> Iterator[None]:
+        """Tell the death of a peer from other errors, wherever PyTorch was when it noticed.
+
+        Raises:
+            PeerError: a peer died or does not answer.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world_size > 1 and (isinstance(error, dist.DistError) or _OF_PEERS.search(str(error))):
+                raise _lost(error) from error
+            raise
+
+
+def _lost(error: RuntimeError) -> PeerError:
+    lines = str(error).strip().splitlines() or ["no message"]
+    return PeerError(
+        f"a peer died or does not answer ({lines[0]})",
+        remedy="look at the first rank that failed, and start all of them again",
+    )
 
 
 def _device(config: TrainConfig) -> torch.device:

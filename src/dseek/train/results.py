@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from dseek.core.errors import ConfigError, FileFormatError
 from dseek.models.config_values import shorten
 from dseek.train import saving
+from dseek.train.adamw_8bit import AdamW8bit, moment_sizes
 from dseek.train.config import TrainConfig
 from dseek.train.lora import (
     ADAPTER_WEIGHTS,
@@ -23,7 +24,7 @@ from dseek.train.optimizers import put_state, release, state_tensors
 from dseek.train.preparation import Prepared
 from dseek.train.processes import Processes
 from dseek.train.saving import Folder, TrainerState
-from dseek.train.shards import like, put, whole
+from dseek.train.shards import like, local, put, whole
 
 MERGED = "merged"
 """Folder of the whole model that an adapter was merged into."""
@@ -44,16 +45,17 @@ def save_checkpoint(
     Returns:
         The checkpoint's folder.
     """
-    folder = Folder(output_dir / f"checkpoint-{state.global_step}", is_first=processes.is_first)
+    folder = Folder(saving.checkpoint_folder(output_dir, state.global_step), is_first=processes.is_first)
     folder.begin()
     processes.wait()  # nobody writes before the folder is there
     _write_model(folder.path, prepared, config, processes)
     moments = list(state_tensors(prepared.model, prepared.optimizer))
-    file = saving.optimizer_file(folder.path, moments, processes.rank, processes.world_size)
-    own = file.name != saving.OPTIMIZER
+    own = keeps_own(prepared)
+    file = saving.optimizer_file(folder.path, own=own, rank=processes.rank, world_size=processes.world_size)
 
     def let_go(_: str, tensor: torch.Tensor) -> torch.Tensor:
         release(prepared.optimizer)
+        processes.lease.sign()
         return tensor
 
     saving.write_tensors(file, moments, writes=own or processes.is_first, change=let_go)
@@ -63,7 +65,7 @@ def save_checkpoint(
     folder.finish()
     if processes.is_first:
         saving.remove_old(output_dir, config.save_total_limit)
-    return output_dir / f"checkpoint-{state.global_step}"
+    return saving.checkpoint_folder(output_dir, state.global_step)
 
 
 def restore(folder: Path, state: TrainerState, prepared: Prepared, config: TrainConfig, processes: Processes) -> None:
@@ -80,7 +82,7 @@ def restore(folder: Path, state: TrainerState, prepared: Prepared, config: Train
         ConfigError: the optimiser's state is of another number of ranks.
         FileFormatError: a file is broken.
     """
-    names = _learned_names(prepared, config)
+    names = learned_names(prepared, config)
     weights = folder / (ADAPTER_WEIGHTS if config.method == "lora" else saving.WEIGHTS)
     parameters = dict(prepared.model.named_parameters())
     for stored, tensor in saving.read_tensors(weights, names):
@@ -109,6 +111,7 @@ def restore(folder: Path, state: TrainerState, prepared: Prepared, config: Train
                 _check_shape(file, stored, tensor, parameter)
             value = like(parameter, tensor)
         put_state(prepared.optimizer, parameter, key, value)
+    check_moments(file, prepared)
 
 
 def _check_shape(file: Path, name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
@@ -153,9 +156,15 @@ def save_result(output_dir: Path, prepared: Prepared, config: TrainConfig, proce
 def _write_model(folder: Path, prepared: Prepared, config: TrainConfig, processes: Processes) -> None:
     """The model, or the adapter, in the usual layout."""
     parameters = dict(prepared.model.named_parameters())
-    listed = [(stored, parameters[name]) for stored, name in _learned_names(prepared, config).items()]
+    listed = [(stored, parameters[name]) for stored, name in learned_names(prepared, config).items()]
     lora = config.method == "lora"
-    saving.write_tensors(folder / (ADAPTER_WEIGHTS if lora else saving.WEIGHTS), listed, writes=processes.is_first)
+
+    def sign(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        processes.lease.sign()
+        return tensor
+
+    file = folder / (ADAPTER_WEIGHTS if lora else saving.WEIGHTS)
+    saving.write_tensors(file, listed, writes=processes.is_first, change=sign)
     if not processes.is_first:
         return
     if lora:
@@ -164,8 +173,43 @@ def _write_model(folder: Path, prepared: Prepared, config: TrainConfig, processe
         prepared.source.describe(folder)
 
 
-def _learned_names(prepared: Prepared, config: TrainConfig) -> dict[str, str]:
-    """Names in the file to names of parameters: of all weights, or of the adapters."""
+def keeps_own(prepared: Prepared) -> bool:
+    """Tell whether each rank's moments are its own: those in blocks are of its part of a parameter, and stay with it.
+
+    Args:
+        prepared: model and optimiser.
+    """
+    return prepared.shards.is_sharded and isinstance(prepared.optimizer, AdamW8bit)
+
+
+def check_moments(place: Path, prepared: Prepared) -> None:
+    """Make sure that 8-bit moments are of this rank's parts; those of other optimisers were read by their shapes.
+
+    Args:
+        place: where they were read from, for the message.
+        prepared: model and optimiser, whose state is there.
+
+    Raises:
+        ConfigError: they are of other parts.
+    """
+    if not isinstance(prepared.optimizer, AdamW8bit):
+        return
+    for parameter, state in prepared.optimizer.state.items():
+        found = {key: (tuple(value.shape), value.dtype) for key, value in state.items() if key != "step"}
+        if found != moment_sizes(local(parameter).numel()):
+            raise ConfigError(
+                f"{place} has 8-bit moments of other parts than this rank's",
+                needed="the number of ranks and the memory.shard_strategy it was made with",
+            )
+
+
+def learned_names(prepared: Prepared, config: TrainConfig) -> dict[str, str]:
+    """Give the names in files and the parameters' names: of all weights, or of the adapters.
+
+    Args:
+        prepared: the model.
+        config: the training.
+    """
     names = [name for name, _ in prepared.model.named_parameters()]
     if config.method == "lora":
         return {PREFIX + name.removeprefix("decoder."): name for name in names if is_adapter(name)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -11,10 +11,12 @@ import torch
 from dseek.core.errors import ConfigError
 from dseek.plan.training import TrainingChoice
 from dseek.train.config import TrainConfig
+from dseek.train.faults import Fault
 from dseek.train.memory import choose, peak_bytes, reset_peak
 from dseek.train.model_source import ModelSource
 from dseek.train.preparation import MemoryChoice
 from dseek.train.processes import Processes
+from dseek.train.resuming import stored_choice
 from dseek.train.trainer import Listener, Trainer, TrainResult
 
 
@@ -52,18 +54,26 @@ def ready(config: TrainConfig) -> Iterator[Ready]:
     processes = Processes(config)
     source = ModelSource(config)
     try:
-        yield Ready(config=config, processes=processes, source=source, choice=choose(config, source, processes))
+        choice = choose(config, source, processes, stored_choice(config, processes))
+        yield Ready(config=config, processes=processes, source=source, choice=choice)
     finally:
         source.close()
 
 
-def train(training: Ready, listener: Listener, *, on_ready: Callable[[Trainer], None] | None = None) -> TrainResult:
+def train(
+    training: Ready,
+    listener: Listener,
+    *,
+    on_ready: Callable[[Trainer], None] | None = None,
+    faults: Sequence[Fault] = (),
+) -> TrainResult:
     """Train.
 
     Args:
         training: of `ready`.
         listener: told what happens, on the first rank.
         on_ready: given the trainer before its first step, such as to call its `stop` from a signal handler.
+        faults: what is to go wrong, for whoever wants to see a recovery.
 
     Returns:
         How it ended.
@@ -84,6 +94,7 @@ def train(training: Ready, listener: Listener, *, on_ready: Callable[[Trainer], 
             checkpointed_layers=work.checkpointed_layers,
             logits_chunk_tokens=work.logits_chunk_tokens,
         ),
+        faults=faults,
     )
     if on_ready is not None:
         on_ready(trainer)

@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.tensor import DTensor
 
 from dseek.core.config import load_json, to_plain
 from dseek.core.errors import ConfigError, FileFormatError
 from dseek.core.files import atomic_write_text
 from dseek.models.safetensors_writer import StreamTensor, write_stream
 from dseek.train.packing import RowState
+from dseek.train.preparation import MemoryChoice
 from dseek.train.shards import whole
 
 STATE = "trainer_state.json"
@@ -54,6 +54,8 @@ class TrainerState:
     """The configuration, as JSON."""
     log_history: tuple[dict[str, float], ...] = field(default_factory=tuple)
     """What was reported so far."""
+    memory: MemoryChoice | None = None
+    """How memory was saved, which decides the order of sums and so the last bits."""
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -71,6 +73,25 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found) if (path / STATE).is_file()]
 
 
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Name the checkpoint of a step.
+
+    Args:
+        folder: `output_dir`.
+        step: the last one that is done.
+    """
+    return folder / f"checkpoint-{step}"
+
+
+def step_of(folder: Path) -> int:
+    """Tell the step of a checkpoint.
+
+    Args:
+        folder: one of `checkpoints`.
+    """
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
 def read_state(folder: Path) -> TrainerState:
     """Read where a training was.
 
@@ -80,9 +101,21 @@ def read_state(folder: Path) -> TrainerState:
     Raises:
         ConfigError: the file is not what `write_state` writes.
     """
-    state = load_json(TrainerState, folder / STATE)
+    return check_format(load_json(TrainerState, folder / STATE), folder / STATE)
+
+
+def check_format(state: TrainerState, place: Path | str) -> TrainerState:
+    """Hand a state on if this version understands it.
+
+    Args:
+        state: as it was read.
+        place: from where, for the message.
+
+    Raises:
+        ConfigError: it is of a newer dseek.
+    """
     if state.format != 1:
-        raise ConfigError(f"{folder / STATE} has format {state.format}", needed="1", remedy="use a newer dseek")
+        raise ConfigError(f"{place} has format {state.format}", needed="1", remedy="use a newer dseek")
     return state
 
 
@@ -171,16 +204,15 @@ def stored_names(path: Path) -> list[str]:
         raise FileFormatError(f"{path}: {error}", remedy=_REMEDY) from None
 
 
-def optimizer_file(folder: Path, tensors: list[tuple[str, torch.Tensor]], rank: int, world_size: int) -> Path:
+def optimizer_file(folder: Path, *, own: bool, rank: int, world_size: int) -> Path:
     """Name the file of an optimiser's state: one for all ranks, or one for each where they cannot be put together.
 
     Args:
         folder: the checkpoint.
-        tensors: of the optimiser.
+        own: the state belongs to a rank's part.
         rank: this process.
         world_size: processes.
     """
-    own = world_size > 1 and any(not isinstance(tensor, DTensor) and tensor.dim() for _, tensor in tensors)
     return folder / (f"optimizer-{rank + 1:05d}-of-{world_size:05d}.safetensors" if own else OPTIMIZER)
 
 

@@ -2,7 +2,7 @@
 
     while steps are left: take the next rows, learn from them, and report, evaluate and save where that is due
 
-A training that was stopped (Ctrl-C, SIGTERM, a crash) goes on from its newest checkpoint at the very next row and with
+A training that was stopped (Ctrl-C, SIGTERM, a crash) goes on from its newest whole state at the very next row and with
 the very same numbers: dropout is drawn from the step's and the batch's number, not from a state. Several ranks learn
 the same as one with a batch as large as all of theirs, to rounding. The trainer knows no terminal: what happens it
 tells its listener.
@@ -11,7 +11,7 @@ tells its listener.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,14 @@ import torch
 
 from dseek.core.errors import NotFiniteError
 from dseek.core.logs import get_logger
-from dseek.train import saving
 from dseek.train.batches import Batch, StepBatches, evaluation_batches
 from dseek.train.config import TrainConfig
+from dseek.train.faults import Fault, strike
 from dseek.train.model_source import ModelSource
 from dseek.train.optimizers import end, set_learning_rate
 from dseek.train.packing import RowState
 from dseek.train.preparation import (
     MemoryChoice,
-    check_same,
     count_rows,
     make_data,
     make_model,
@@ -36,10 +35,13 @@ from dseek.train.preparation import (
     written_config,
 )
 from dseek.train.processes import Processes
-from dseek.train.results import restore, save_checkpoint, save_result
+from dseek.train.results import save_checkpoint, save_result
+from dseek.train.resuming import find_newest
 from dseek.train.saving import TrainerState
 from dseek.train.schedule import learning_rate
 from dseek.train.shards import whole
+from dseek.train.snapshots import Snapshots
+from dseek.train.supervisor import restart_count
 
 logger = get_logger(__name__)
 
@@ -77,6 +79,7 @@ class Trainer:
         source: the model, opened.
         processes: this process and its peers.
         choice: how memory is saved.
+        faults: what is to go wrong.
 
     Raises:
         DseekError: the model, the data or a checkpoint is not what it should be.
@@ -90,8 +93,10 @@ class Trainer:
         source: ModelSource,
         processes: Processes,
         choice: MemoryChoice,
+        faults: Sequence[Fault] = (),
     ) -> None:
         self.config, self.listener, self.processes = config, listener, processes
+        self.choice, self.faults = choice, faults
         self.folder = Path(config.output_dir)
         self.rows = make_rows(config, source, config.data.train, learned=True)
         self.eval_rows = make_rows(config, source, config.data.eval, learned=False) if config.data.eval else None
@@ -103,6 +108,7 @@ class Trainer:
         self.last_loss: float | None = None
         self.eval_loss: float | None = None
         self.stop_wanted = False
+        self.snapshots = Snapshots(config, self.prepared, processes)
         self._resume()
         self.num_steps = config.max_steps if config.max_steps > 0 else self._count_steps()
 
@@ -121,12 +127,15 @@ class Trainer:
         data = make_data(self.config, self.rows, self.row_state, self.processes)
         try:
             stopped = False
-            while self.global_step < self.num_steps and not stopped:
-                stopped = self.learn(data.next())
-                self._evaluate_if_due()
-                self._save_if_due(now=stopped)
-            if not stopped:
-                self._finish()
+            with self.processes.among_peers():
+                while self.global_step < self.num_steps and not stopped:
+                    strike(self.faults, rank=self.processes.rank, step=self.global_step, start=restart_count())
+                    stopped = self.learn(data.next())
+                    self._evaluate_if_due()
+                    self._save_if_due(now=stopped)
+                if not stopped:
+                    self._finish()
+            self.snapshots.close()
         finally:
             data.close()
             end(self.optimizer, self.config, self.processes.rank)
@@ -154,6 +163,7 @@ class Trainer:
 
         Raises:
             NotFiniteError: the loss is no number any more.
+            PeerError: the supervisor has ended.
         """
         started_s = time.perf_counter()
         # 1. All ranks agree on how much a label weighs.
@@ -166,6 +176,7 @@ class Trainer:
             loss = self._loss(batch)
             (loss * (self.processes.world_size / max(1.0, num_labels))).backward()
             loss_sum += loss.detach().to(loss_sum.dtype)
+            self.processes.lease.sign()
         self.prepared.shards.average_gradients()
         # 3. The step.
         rate = learning_rate(self.config, self.global_step, self.num_steps)
@@ -195,6 +206,7 @@ class Trainer:
             "epoch": float(step.after.position.epoch),
         }
         self._report(figures)
+        self.processes.lease.renew(self.global_step)
         return wants > 0
 
     @torch.no_grad()
@@ -215,6 +227,7 @@ class Trainer:
             separate=self.config.data.document_boundaries == "attention",
         ):
             total += float(self._loss(batch))
+            self.processes.lease.sign()
             count += batch.num_labels
         self.model.train()
         total, count = self.processes.sum(total, count)
@@ -225,16 +238,19 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the steps that are done. All ranks call this together."""
-        state = TrainerState(
+        folder = save_checkpoint(self.folder, self._state(), self.prepared, self.config, self.processes)
+        self._tell("checkpoint", global_step=self.global_step, folder=str(folder))
+
+    def _state(self) -> TrainerState:
+        return TrainerState(
             global_step=self.global_step,
             num_tokens_seen=self.num_tokens_seen,
             world_size=self.processes.world_size,
             data=self.row_state,
             config=written_config(self.config),
             log_history=tuple(self.log_history),
+            memory=self.choice,
         )
-        folder = save_checkpoint(self.folder, state, self.prepared, self.config, self.processes)
-        self._tell("checkpoint", global_step=self.global_step, folder=str(folder))
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         device = self.processes.device
@@ -275,7 +291,10 @@ class Trainer:
 
     def _save_if_due(self, *, now: bool) -> None:
         every = self.config.save_steps
-        if now or (every and self.global_step % every == 0 and self.global_step < self.num_steps):
+        before_end = self.global_step < self.num_steps and not now
+        if before_end and self.snapshots.is_due(self.global_step):
+            self.snapshots.save(self._state())
+        if now or (before_end and every and self.global_step % every == 0):
             self.save()
 
     def _finish(self) -> None:
@@ -286,17 +305,17 @@ class Trainer:
         self._tell("result", output_dir=str(self.folder), files=files)
 
     def _resume(self) -> None:
-        """Go on from the newest checkpoint, where there is one."""
-        found = saving.checkpoints(self.folder)
-        if not found:
+        """Go on from the newest whole state, where there is one."""
+        found = find_newest(self.config, self.processes)
+        if found is None:
             self.row_state = self.rows.start()
-            return
-        state = saving.read_state(found[-1])
-        check_same(self.config, state.config, found[-1])
-        restore(found[-1], state, self.prepared, self.config, self.processes)
-        self.global_step, self.num_tokens_seen = state.global_step, state.num_tokens_seen
-        self.row_state, self.log_history = state.data, list(state.log_history)
-        logger.info("going on after step %d of %s", self.global_step, found[-1])
+        else:
+            found.restore(self.prepared, self.config, self.processes)
+            state = found.state
+            self.global_step, self.num_tokens_seen = state.global_step, state.num_tokens_seen
+            self.row_state, self.log_history = state.data, list(state.log_history)
+            logger.info("going on after step %d of %s", self.global_step, found.place)
+        self.snapshots.begin_after(self.global_step)
 
     def _count_steps(self) -> int:
         rows_of_step = (
@@ -305,5 +324,5 @@ class Trainer:
             * self.processes.world_size
         )
         self._tell("counting", output_dir=str(self.folder))
-        rows = count_rows(self.rows)
+        rows = count_rows(self.rows, self.processes.lease.sign)
         return max(1, round(self.config.num_train_epochs * rows / rows_of_step + 0.499))

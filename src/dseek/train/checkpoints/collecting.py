@@ -37,6 +37,25 @@ def retire(folder: Path, files: Files, keep_last: int, keep_every: int, run: str
     return collect(folder, files) if unwanted or abandoned else 0
 
 
+def forget_after(folder: Path, files: Files, step: int) -> list[int]:
+    """Take the manifests from checkpoints of later steps, which a training that goes on from `step` could not use.
+
+    They would count among the newest that are kept, although they are damaged.
+
+    Args:
+        folder: that holds the checkpoints.
+        files: deletes.
+        step: the last one that stays.
+
+    Returns:
+        The steps that are complete no longer.
+    """
+    later = [found for found in complete_steps(folder) if found > step]
+    for found in later:
+        files.remove(step_folder(folder, found) / MANIFEST)
+    return later
+
+
 def collect(folder: Path, files: Files) -> int:
     """Delete chunks that no part names, and files that were never finished; nothing where somebody is writing.
 

@@ -37,7 +37,7 @@ class Checkpoint:
         Raises:
             FileFormatError: it is not complete, or damaged.
         """
-        self.folder = step_folder(folder, step)
+        self.root, self.folder = folder, step_folder(folder, step)
         self.manifest = read_manifest(self.folder / MANIFEST)
         if self.manifest.step != step:
             raise FileFormatError(f"{self.folder / MANIFEST} is of step {self.manifest.step}")
@@ -194,19 +194,31 @@ class Checkpoint:
         def tensor_of(name: str) -> torch.Tensor:
             if name not in tensors:
                 return self.tensor(name)
-            target, saved = tensors[name], self._saved(name)[0]
-            if tuple(target.shape) != saved.shape or target.dtype != DTYPES[saved.dtype]:
-                raise FileFormatError(
-                    f"{name} was saved as {list(saved.shape)} of {saved.dtype}",
-                    needed=f"{list(target.shape)} of {str(target.dtype).removeprefix('torch.')}",
-                )
-            leaf = leaf_of(name, target)
-            local = target.to_local() if hasattr(target, "to_local") else target
-            with torch.no_grad():
-                local.copy_(self.box(name, leaf.offset, tuple(local.shape)))
-            return target
+            self.fill(name, tensors[name])
+            return tensors[name]
 
         return put_together(self.parts[0].structure, tensor_of)
+
+    def fill(self, name: str, target: torch.Tensor) -> None:
+        """Read a tensor into another one, of a DTensor this rank's shard.
+
+        Args:
+            name: one of `names`.
+            target: of its shape and dtype, changed in place.
+
+        Raises:
+            FileFormatError: it is missing, damaged, or has another shape or dtype.
+        """
+        saved = self._saved(name)[0]
+        if tuple(target.shape) != saved.shape or target.dtype != DTYPES[saved.dtype]:
+            raise FileFormatError(
+                f"{name} was saved as {list(saved.shape)} of {saved.dtype}",
+                needed=f"{list(target.shape)} of {str(target.dtype).removeprefix('torch.')}",
+            )
+        leaf = leaf_of(name, target)
+        with torch.no_grad():
+            local = target.to_local() if hasattr(target, "to_local") else target
+            local.copy_(self.box(name, leaf.offset, tuple(local.shape)))
 
     def verify(self, on_chunk: Callable[[int], None] = lambda num_bytes: None) -> None:
         """Read every chunk.
@@ -261,19 +273,21 @@ def complete_steps(folder: Path) -> list[int]:
     return sorted(int(entry.name) for entry in steps.iterdir() if entry.name.isdigit() and (entry / MANIFEST).is_file())
 
 
-def newest(folder: Path, remote: Path | None = None, *, verify: bool = True) -> Checkpoint | None:
+def newest(folder: Path, remote: Path | None = None, *, verify: bool = True, least_step: int = 0) -> Checkpoint | None:
     """Find the newest checkpoint that is whole; what is damaged is passed over with a warning.
 
     Args:
         folder: that holds the checkpoints.
         remote: a second folder, for what the first has lost.
         verify: whether to read every chunk first.
+        least_step: older ones are not looked at.
 
     Returns:
         The checkpoint, or None where there is none.
     """
     roots = [root for root in (folder, remote) if root is not None]
-    for step in sorted({step for root in roots for step in complete_steps(root)}, reverse=True):
+    steps = {step for root in roots for step in complete_steps(root) if step >= least_step}
+    for step in sorted(steps, reverse=True):
         for root in roots:
             try:
                 checkpoint = Checkpoint(root, step, remote if root is not remote else folder)

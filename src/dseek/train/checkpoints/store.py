@@ -13,6 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,14 @@ class CheckpointWriter:
     """Writes the checkpoints of one rank; every rank of a training has one and saves the same steps."""
 
     def __init__(
-        self, config: CheckpointConfig, *, rank: int = 0, world_size: int = 1, run: str = "", files: Files | None = None
+        self,
+        config: CheckpointConfig,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        run: str = "",
+        files: Files | None = None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         """Prepare, without touching the folder.
 
@@ -118,6 +126,8 @@ class CheckpointWriter:
             world_size: all of them.
             run: a text that all ranks share and no earlier start of the training had; needed with several ranks.
             files: another way to write, for tests.
+            on_progress: called after each tensor that was written, and while other ranks are waited for, from the
+                thread that writes.
 
         Raises:
             ConfigError: several ranks, and no `run`.
@@ -127,13 +137,13 @@ class CheckpointWriter:
         self.config = config
         self.rank, self.world_size, self.run = rank, world_size, run or f"{time.time_ns():x}"
         self.last_error: BaseException | None = None
-        self._files = files or Files()
+        self._files, self._on_progress = files or Files(), on_progress
         self._buffers = SnapshotBuffers()
         self._stores: dict[Path, ChunkStore] = {}
         self._queue: queue.SimpleQueue[tuple[Pending, Snapshot] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def save(self, step: int, state: Any, private: Any = None) -> Pending:
+    def save(self, step: int, state: Any, private: Any = None, *, in_place: bool = False) -> Pending:
         """Copy a state and start to write it.
 
         Args:
@@ -141,6 +151,8 @@ class CheckpointWriter:
             state: a nest of dicts, lists and tuples around tensors, DTensors, numbers and texts, the same on all ranks
                 but for the DTensors' shards.
             private: a nest of this rank's own, such as its random numbers' state.
+            in_place: do not copy tensors that lie in this host's memory; nothing may change them before the writing is
+                waited for.
 
         Returns:
             What to wait for, where somebody must. A failure is logged, and told there.
@@ -150,7 +162,7 @@ class CheckpointWriter:
         """
         start_s = time.perf_counter()
         pending = Pending(step)
-        snapshot = self._buffers.take(state, private, self.rank, self.world_size)
+        snapshot = self._buffers.take(state, private, self.rank, self.world_size, in_place=in_place)
         pending.stall_s = time.perf_counter() - start_s
         events.emit("checkpoint.snapshot", step=step, stall_s=pending.stall_s)
         if self._thread is None:
@@ -199,6 +211,7 @@ class CheckpointWriter:
             for held in snapshot.tensors:
                 tensors[held.name], num_written = self._put(store, held.leaf, held.content)
                 new_bytes += num_written
+                self._on_progress()
             part = Part(
                 step=step,
                 run=self.run,
@@ -254,5 +267,6 @@ class CheckpointWriter:
                         break
                 if time.monotonic() > deadline:
                     raise CheckpointError(f"rank {rank} did not write its part within the time")
+                self._on_progress()
                 time.sleep(_POLL_S)
         return found
