@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -74,6 +75,58 @@ def test_it_gives_up_where_nothing_moves(tmp_path: Path) -> None:
     assert len(supervisor.restarts) == 2
 
 
+def test_no_restart_means_none(tmp_path: Path) -> None:
+    with pytest.raises(PeerError, match="ended with status 3"):
+        _run(tmp_path, "exit:1@2", max_restarts=0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_users_error_is_not_restarted(rank: int, caplog: pytest.LogCaptureFixture) -> None:
+    code = "import os, sys, time\nif os.environ['RANK'] == sys.argv[1]:\n    sys.exit(print('wrong key') or 2)\ntime.sleep(600)"
+    command = (sys.executable, "-c", code, str(rank))
+    supervisor = Supervisor(SupervisorConfig(command=command, world_size=2, grace_s=0.2, only_first_speaks=True))
+    assert supervisor.run() == 2 and not supervisor.restarts
+    assert ("[rank 1] wrong key" in caplog.text) == (rank == 1), "rank 0 has told it itself"
+
+
+STOPPABLE = """
+import os, signal, sys, time
+from pathlib import Path
+from dseek.train.lease import Lease
+def stop(*_):
+    time.sleep(0.1)
+    (Path(sys.argv[1]) / f"saved-{os.environ['RANK']}").touch()
+    sys.exit(130)
+signal.signal(signal.SIGINT, stop)
+lease = Lease()
+while True:
+    lease.renew(1)
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_stop_is_handed_on_once_and_the_second_one_ends_all(tmp_path: Path, times: int) -> None:
+    command = (sys.executable, "-c", STOPPABLE if times == 1 else STOPPABLE.replace("0.1", "600"), str(tmp_path))
+    supervisor = Supervisor(SupervisorConfig(command=command, world_size=2))
+
+    def ask() -> None:
+        while not supervisor.renewed():
+            time.sleep(0.02)
+        for _ in range(times):
+            supervisor.stop()
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    assert supervisor.run() == 130 and not supervisor.restarts
+    asking.join()
+    assert sorted(path.name for path in tmp_path.glob("saved-*")) == (["saved-0", "saved-1"] if times == 1 else [])
+
+
+def test_patience_grows_with_the_longest_wait(tmp_path: Path) -> None:
+    assert _run(tmp_path, "slow:1@1:0.6", "slow:1@4:2.2", patience=10.0).restarts == []
+
+
 def test_a_lease_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "lease"
     path.write_bytes(b"")
@@ -98,7 +151,7 @@ def test_faults_are_read(text: str) -> None:
 
 
 def test_wrong_settings_are_refused() -> None:
-    for wrong in ({"command": ()}, {"world_size": 0}, {"lease_s": 0}, {"max_restarts": -1}):
+    for wrong in ({"command": ()}, {"world_size": 0}, {"lease_s": 0}, {"max_restarts": -1}, {"patience": -1}):
         with pytest.raises(ConfigError):
             SupervisorConfig(**{"command": ("true",), "world_size": 1, **wrong})  # type: ignore[arg-type]
 

@@ -282,6 +282,7 @@ def test_the_command_shows_its_plan_and_trains(
 def test_ctrl_c_saves_and_the_next_call_goes_on(folder: Path, texts: Path, tmp_path: Path) -> None:
     recipe = toml_of(tmp_path / "run.toml", folder, texts)
     command = [sys.executable, "-m", "dseek.cli.main", "train", str(recipe), "--set", "max_steps=100000"]
+    command += ["--nproc-per-node", "1"]  # the supervisor hands the signal on
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS="1")
     )

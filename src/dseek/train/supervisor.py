@@ -130,6 +130,10 @@ class Supervisor:
         """Ask all processes to stop in order, by SIGINT; the second time, end them at once. For signal handlers."""
         self._stops_wanted += 1
 
+    def renewed(self) -> bool:
+        """Tell whether every rank of this start has taken a step."""
+        return bool(self._ranks) and all(one.state.renewals for one in self._ranks)
+
     def _run(self, folder: Path) -> int:
         furthest, num_in_vain = -1, 0
         self._start(folder, 0)
@@ -204,8 +208,9 @@ class Supervisor:
         """Wait until every rank has renewed once, or one has ended or is lost, which `_watch` will find."""
         while (
             not self._stops_wanted
+            and not self.renewed()
             and self._look() is None
-            and any(one.state.renewals == 0 and one.process.returncode is None for one in self._ranks)
+            and any(one.process.returncode is None for one in self._ranks)
         ):
             time.sleep(_POLL_S)
 
