@@ -330,7 +330,7 @@ ALL = (
     ),
     Row(
         name="recovery",
-        claim="From the kill of one of two processes to the next step, bit-equal afterwards; peer torchrun",
+        claim="From the kill of one of two ranks of `dseek train` to its next step, bit-equal afterwards; bar 15 s",
         place="checkpoints:recovery",
         quick=True,
     ),

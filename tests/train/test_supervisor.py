@@ -1,4 +1,4 @@
-"""The supervisor: who is lost, who is only slow, when it gives up, and that a recovered training is bit-equal."""
+"""The supervisor: who is lost, who is only slow, who ends all, and when it gives up."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from dseek.core.errors import ConfigError, PeerError
 from dseek.train import faults
 from dseek.train.lease import Lease, LeaseState, read_lease
-from dseek.train.supervisor import Supervisor, SupervisorConfig, supervise
-from tests.parallel.distributed import run_ranks
-from tests.train.supervised_worker import train
+from dseek.train.supervisor import Supervisor, SupervisorConfig
 
 WORKER = """
 import os, signal, sys, time
@@ -82,7 +79,8 @@ def test_no_restart_means_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_users_error_is_not_restarted(rank: int, caplog: pytest.LogCaptureFixture) -> None:
-    code = "import os, sys, time\nif os.environ['RANK'] == sys.argv[1]:\n    sys.exit(print('wrong key') or 2)\ntime.sleep(600)"
+    code = "import os, sys, time\nif os.environ['RANK'] == sys.argv[1]:\n    sys.exit(print('wrong key') or 2)\n"
+    code += "time.sleep(600)"
     command = (sys.executable, "-c", code, str(rank))
     supervisor = Supervisor(SupervisorConfig(command=command, world_size=2, grace_s=0.2, only_first_speaks=True))
     assert supervisor.run() == 2 and not supervisor.restarts
@@ -154,24 +152,3 @@ def test_wrong_settings_are_refused() -> None:
     for wrong in ({"command": ()}, {"world_size": 0}, {"lease_s": 0}, {"max_restarts": -1}, {"patience": -1}):
         with pytest.raises(ConfigError):
             SupervisorConfig(**{"command": ("true",), "world_size": 1, **wrong})  # type: ignore[arg-type]
-
-
-def _train_undisturbed(rank: int, world_size: int, folder: str) -> None:
-    train(Path(folder), 8, [], run="undisturbed")
-
-
-@pytest.mark.native
-def test_a_recovered_training_is_bit_equal(tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        folder.mkdir()
-    run_ranks(2, _train_undisturbed, str(whole), backend="dseek")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    worker = Path(__file__).with_name("supervised_worker.py")
-    start_s = time.monotonic()
-    (restart,) = supervise([sys.executable, str(worker), str(broken), "8", "kill:1@5"], 2, lease_s=60)
-    assert restart.rank in (0, 1) and restart.step >= 4 and time.monotonic() > start_s
-    wanted, found = (torch.load(folder / "weights.pt", weights_only=True) for folder in (whole, broken))
-    assert list(found) == list(wanted)
-    for name in wanted:
-        assert torch.equal(found[name], wanted[name]), name
