@@ -171,23 +171,33 @@ def _on_two_ranks(rank: int, world_size: int, folder: str, out: str) -> dict[str
     return found
 
 
-def test_shards_come_back_bit_by_bit_and_serve_other_numbers_of_ranks(folder: Path, tmp_path: Path) -> None:
-    found = run_ranks(2, _on_two_ranks, str(folder), str(tmp_path))[0]
+@pytest.fixture(scope="module")
+def shared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """What two ranks left, and what they told."""
+    out = tmp_path_factory.mktemp("shared")
+    return out, run_ranks(2, _on_two_ranks, str(folder), str(out))[0]
+
+
+def test_shards_come_back_bit_by_bit_and_serve_other_numbers_of_ranks(
+    folder: Path, shared: tuple[Path, Any], tmp_path: Path
+) -> None:
+    out, found = shared
     for name, (wanted, told) in found.items():
         assert told == wanted[4:], name
-        results = [load_file(tmp_path / name / part / "model.safetensors") for part in ("whole", "parts")]
+        results = [load_file(out / name / part / "model.safetensors") for part in ("whole", "parts")]
         assert _same(*results), name
     # One rank goes on from the shards of two as it does from the whole tensors of the same step.
-    shutil.copytree(tmp_path / "shared/left", tmp_path / "shared/folder")
-    shutil.rmtree(tmp_path / "shared/folder/snapshots")
     results = []
-    for name in ("left", "folder"):
-        _, told = run(_config(folder, tmp_path / "shared" / name, per_device_train_batch_size=1))
+    for name in ("snapshot", "folder"):
+        shutil.copytree(out / "shared/left", tmp_path / name)
+        if name == "folder":
+            shutil.rmtree(tmp_path / "folder/snapshots")
+        _, told = run(_config(folder, tmp_path / name, per_device_train_batch_size=1))
         assert _start_of(told) == 4
-        results.append(load_file(tmp_path / "shared" / name / "model.safetensors"))
+        results.append(load_file(tmp_path / name / "model.safetensors"))
     assert _same(*results)
     with pytest.raises(ConfigError, match="made by 2 ranks"):
-        run(_config(folder, tmp_path / "narrow/left", per_device_train_batch_size=1, optim="adamw_8bit"))
+        run(_config(folder, out / "narrow/left", per_device_train_batch_size=1, optim="adamw_8bit"))
 
 
 def _toml(folder: Path, path: Path, more: str = "") -> str:
@@ -202,8 +212,7 @@ def _toml(folder: Path, path: Path, more: str = "") -> str:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_changes_no_bit(folder: Path, tmp_path: Path) -> None:
-    run_ranks(2, _train_whole, str(folder), str(tmp_path / "whole"))
+def test_a_killed_rank_changes_no_bit(folder: Path, shared: tuple[Path, Any], tmp_path: Path) -> None:
     recipe = _toml(folder, tmp_path / "run.toml")
     command = [sys.executable, "-m", "dseek.cli.main", "train", recipe, "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -216,11 +225,7 @@ def test_a_killed_rank_changes_no_bit(folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "rank 1 is lost at step 4: killed by signal 9" in done.stderr
     assert json.loads(done.stdout)["global_step"] == 6
-    assert _same(*(load_file(tmp_path / part / "model.safetensors") for part in ("whole", "out")))
-
-
-def _train_whole(rank: int, world_size: int, folder: str, out: str) -> None:
-    run(_config(Path(folder), Path(out), **SHARED))
+    assert _same(*(load_file(out / "model.safetensors") for out in (shared[0] / "shared/whole", tmp_path / "out")))
 
 
 @pytest.mark.parametrize(

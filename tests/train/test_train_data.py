@@ -15,7 +15,7 @@ from dseek.core.errors import ConfigError
 from dseek.models.files import open_model
 from dseek.models.tokenizer import Tokenizer
 from dseek.train import document_files
-from dseek.train.batches import StepData
+from dseek.train.batches import StepData, make_batch
 from dseek.train.config import DataConfig
 from dseek.train.documents import Corpus, Piece
 from dseek.train.encoding import IGNORED, Encoder
@@ -140,6 +140,20 @@ def test_wrapped_rows_hold_every_token_and_whole_ones_every_document(tmp_path: P
     for row in rows:
         firsts = [place for place in range(1, 32) if row.documents[place] != row.documents[place - 1]]
         assert all(row.labels[place] == IGNORED for place in firsts)
+
+
+def test_a_document_with_padding_behind_it_needs_no_mask(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    file, long = tmp_path / "a.jsonl", ""
+    while len(tokenizer.encode(long, add_special_tokens=False)) < 29:
+        long += "x"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("fox", "dog", long)))
+    whole = rows_of(corpus_of(file), tokenizer, packing="whole")
+    rows = list(whole.rows(whole.start(), repeat=False))
+    learned = [{of for of, label in zip(row.documents, row.labels, strict=True) if label != IGNORED} for row in rows]
+    for row, documents in zip(rows, learned, strict=True):
+        assert (make_batch([row], separate=True).documents is None) == (documents == {0})
+        assert make_batch([row], separate=False).documents is None
+    assert learned == [{0, 1}, {0}]
 
 
 def test_any_number_of_ranks_shares_the_same_rows(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -10,6 +10,8 @@ import torch
 from dseek.core.errors import ConfigError, MemoryLimitError
 from dseek.core.shape import ModelShape
 from dseek.models.decoder import Decoder
+from dseek.ops.attention import apart
+from dseek.ops.attention.reference import visible
 from dseek.plan.training import (
     TrainingWork,
     block_activation_bytes,
@@ -88,7 +90,11 @@ def test_saving_memory_changes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 8])
-def test_documents_of_a_row_do_not_see_each_other(window: int | None) -> None:
+@pytest.mark.parametrize("least", [1, 15, 128], ids=["alone", "mixed", "together"])
+def test_documents_of_a_row_do_not_see_each_other(
+    window: int | None, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "LEAST_TOKENS", least)
     torch.manual_seed(3)
     model = LanguageModel(Decoder(shape_of(sliding_window=window)).eval())
     ids, documents = torch.randint(0, 300, (1, 40)), torch.tensor([[0] * 13 + [1] * 17 + [2] * 10])
@@ -99,6 +105,37 @@ def test_documents_of_a_row_do_not_see_each_other(window: int | None) -> None:
             alone = model.hidden_states(ids[:, first:past], None)
             torch.testing.assert_close(together[:, first:past], alone, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(model.decoder.model(ids[:, first:past]), alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("least", [1, 15, 128])
+def test_groups_of_documents_have_the_gradients_of_one_mask(least: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "LEAST_TOKENS", least)
+    torch.manual_seed(4)
+    documents = torch.tensor([[0] * 3 + [1] * 20 + [2] * 9, [0] * 32])
+    places = torch.arange(32)
+    q, k, v = (torch.randn(2, heads, 32, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    for window in (None, 5):
+        groups = apart.group_documents(documents, window, torch.float64)
+        assert sum(group.num_tokens for group in groups.groups) == 64
+        mask = (documents[:, :, None] == documents[:, None]) & visible(places, places, window)
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
+        found = groups.attend(q, k, v)
+        torch.testing.assert_close(found, expected)
+        weight = torch.randn_like(found)
+        for left, right in zip(
+            torch.autograd.grad((found * weight).sum(), (q, k, v)),
+            torch.autograd.grad((expected * weight).sum(), (q, k, v)),
+            strict=True,
+        ):
+            torch.testing.assert_close(left, right)
+
+
+def test_masks_stay_small_however_long_rows_are() -> None:
+    lengths = [5, 200, 60, 60, 60, 127, 127, 1, 128, 256]
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    groups = apart.group_documents(row[None], None, torch.float32).groups
+    assert [group.num_tokens for group in groups] == [5, 200, 180, 254, 1, 128, 256]
+    assert [group.mask is not None for group in groups] == [False, False, True, True, False, False, False]
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 4}, {"qk_norm": True}])
@@ -112,6 +149,7 @@ def test_a_block_keeps_what_is_predicted(changes: dict[str, Any], lora: bool, ma
         row_tokens=48,
         lora_rank=8 if lora else 0,
         lora_targets=LoraOptions().target_modules if lora else (),
+        masked=masked,
     )
     assert kept[1] - kept[0] == block_activation_bytes(work)
 

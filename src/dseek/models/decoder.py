@@ -18,6 +18,7 @@ from torch import nn
 from dseek.core.shape import ModelShape
 from dseek.models.kv_cache import KVCache
 from dseek.models.rope import inverse_frequencies, original_positions
+from dseek.ops.attention.apart import DocumentGroups
 from dseek.ops.attention.reference import visible
 from dseek.ops.attention.rotary import rotate
 from dseek.ops.norm.reference import rms_norm
@@ -120,7 +121,7 @@ class Attention(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
-        mask_TS: torch.Tensor | None,
+        mask_TS: torch.Tensor | DocumentGroups | None,
         is_causal: bool,
         cache: KVCache | None,
     ) -> torch.Tensor:
@@ -129,7 +130,8 @@ class Attention(nn.Module):
         Args:
             x_BTD: [B, T, D] normed rows.
             rotation: cosine and sine of the rows' positions, [T, d / 2] each.
-            mask_TS: bool [T, S], or None where `is_causal` says it all.
+            mask_TS: bool [T, S]; groups of tokens that see each other alone, without a cache; or None where `is_causal`
+                says it all.
             is_causal: T equals S and the mask is the causal one; False without a mask means that all keys are seen.
             cache: keys and values so far; appended to.
 
@@ -142,9 +144,12 @@ class Attention(nn.Module):
         v_BGSd = self.v_proj(x_BTD).view(heads).transpose(1, 2)
         if cache is not None:
             k_BGSd, v_BGSd = cache.append(self.layer, k_BGSd, v_BGSd)
-        out_BHTd = F.scaled_dot_product_attention(
-            q_BHTd, k_BGSd, v_BGSd, attn_mask=mask_TS, is_causal=is_causal, enable_gqa=self.grouped
-        )
+        if isinstance(mask_TS, DocumentGroups):
+            out_BHTd = mask_TS.attend(q_BHTd, k_BGSd, v_BGSd)
+        else:
+            out_BHTd = F.scaled_dot_product_attention(
+                q_BHTd, k_BGSd, v_BGSd, attn_mask=mask_TS, is_causal=is_causal, enable_gqa=self.grouped
+            )
         out_BTD: torch.Tensor = self.o_proj(out_BHTd.transpose(1, 2).flatten(2))
         return out_BTD
 
@@ -190,7 +195,7 @@ class Block(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
-        mask_TS: torch.Tensor | None,
+        mask_TS: torch.Tensor | DocumentGroups | None,
         is_causal: bool,
         cache: KVCache | None,
     ) -> torch.Tensor:
@@ -199,7 +204,7 @@ class Block(nn.Module):
         Args:
             x_BTD: [B, T, D] residual stream.
             rotation: cosine and sine of the rows' positions, [T, d / 2] each.
-            mask_TS: bool [T, S], or None.
+            mask_TS: see `Attention.forward`.
             is_causal: see `Attention.forward`.
             cache: keys and values so far; appended to.
 

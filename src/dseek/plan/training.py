@@ -32,6 +32,8 @@ LOGITS_WHOLE_BYTES = 64 << 20
 """Logits up to so many bytes are made at once."""
 OFFLOAD_PART_VALUES = 1 << 20
 """Values whose moments are brought at a time where they lie elsewhere."""
+MASK_TOKENS = 256
+"""Most tokens that share a mask where documents are apart (see `dseek.ops.attention.apart`)."""
 EIGHT_BIT_BYTES = 2 + 2 * 4 / 256
 """Bytes a parameter of two moments with 8-bit codes and a scale for 256 of them."""
 
@@ -53,7 +55,7 @@ class TrainingWork:
     low_precision: bool = False
     """Products in bfloat16."""
     masked: bool = False
-    """Attention has a mask (documents apart)."""
+    """Documents of a row do not see each other."""
     lora_rank: int = 0
     """Rank of adapters; 0 trains all weights."""
     lora_targets: tuple[str, ...] = ()
@@ -190,7 +192,7 @@ def predict_training(work: TrainingWork, process_bytes: int) -> TrainingMemory:
     activations = normal * block_bytes + work.checkpointed_layers * kept
     activations += 4 * work.num_tokens * shape.hidden_size * WIDE  # the last norm and what enters the head
     if work.masked:
-        activations += work.batch_rows * work.row_tokens**2 * (1 + (2 if work.low_precision else WIDE))
+        activations += work.num_tokens * MASK_TOKENS * (2 if work.low_precision else WIDE)
     again = block_bytes if work.checkpointed_layers else 0
     logits = logits_bytes(work)
     temporary = _backward_bytes(work)
@@ -235,6 +237,8 @@ def block_activation_bytes(work: TrainingWork) -> int:
     inputs = 5 * narrow if work.low_precision else 2 * narrow  # autocast casts for each projection anew
     norms = (2 * scaled * WIDE + inputs) * width + 2 * WIDE
     attention = (2 * queries + 2 * keys) * narrow + shape.num_heads * WIDE
+    if work.masked:
+        attention += queries * narrow  # what groups of documents answer, and that put together
     if shape.qk_norm:
         attention += scaled * (queries + keys) * WIDE + (shape.num_heads + shape.num_kv_heads) * WIDE
     mlp = 4 * shape.intermediate_size * narrow

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dseek.train.encoding import IGNORED
 from dseek.train.packing import PackedRows, Row, RowState
 
 
@@ -110,13 +111,23 @@ def make_batch(rows: list[Row], *, separate: bool) -> Batch:
         rows: at least one, all of one length.
         separate: tell documents apart, where a row has several.
     """
-    several = separate and any(row.documents[-1] for row in rows)
+    several = separate and any(_has_several(row) for row in rows)
     return Batch(
         torch.tensor([row.token_ids for row in rows]),
         torch.tensor([row.labels for row in rows]),
         torch.tensor([row.documents for row in rows]) if several else None,
         sum(row.num_labels for row in rows),
     )
+
+
+def _has_several(row: Row) -> bool:
+    """Whether documents of a row must not see each other; what follows the first one may, if nothing of it is learned.
+
+    So a row of one document and padding is one text to attention, which looks back alone.
+    """
+    if row.documents[-1] != 1:
+        return row.documents[-1] > 1
+    return any(label != IGNORED for label in row.labels[row.documents.index(1) :])
 
 
 def evaluation_batches(
@@ -146,4 +157,4 @@ def evaluation_batches(
 
 
 def _without_labels(row: Row) -> Row:
-    return Row(row.token_ids, [-100] * len(row.labels), row.documents, row.after)
+    return Row(row.token_ids, [IGNORED] * len(row.labels), row.documents, row.after)

@@ -1,8 +1,8 @@
 """`LanguageModel`: a decoder with its loss, as it is trained: documents apart, and memory where the plan wants it.
 
-The decoder's own modules run, in its own order; what is added is the mask between documents, positions that begin
-anew, the loss over chunks of rows, and blocks that compute their activations a second time instead of keeping them. It
-has no cache. B rows, T tokens, D width, V vocabulary.
+The decoder's own modules run, in its own order; what is added is that documents do not see each other, positions that
+begin anew, the loss over chunks of rows, and blocks that compute their activations a second time instead of keeping
+them. It has no cache. B rows, T tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dseek.models.decoder import Decoder
+from dseek.ops.attention.apart import DocumentGroups, group_documents
 from dseek.ops.attention.reference import visible
 from dseek.train.encoding import IGNORED
 from dseek.train.losses import chunked_cross_entropy, plain_cross_entropy
@@ -72,14 +73,18 @@ class LanguageModel(nn.Module):
         window = self.decoder.shape.sliding_window
         if documents_BT is None:
             rotation = stack.rotary_emb(indices_T, x_BTD.dtype)
-            plain, windowed = None, None if window is None else visible(indices_T, indices_T, window)
+            plain: DocumentGroups | None = None
+            windowed: torch.Tensor | DocumentGroups | None = (
+                None if window is None else visible(indices_T, indices_T, window)
+            )
         else:
             positions_BT = restarted_positions(documents_BT)
             flat = stack.rotary_emb(positions_BT.flatten(), x_BTD.dtype, context_tokens=num_tokens)
             rotation = tuple(part.view(*positions_BT.shape, -1) for part in flat)
-            same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-            plain = _added(same_BTT & visible(indices_T, indices_T, None), x_BTD)
-            windowed = None if window is None else _added(same_BTT & visible(indices_T, indices_T, window), x_BTD)
+            device = x_BTD.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BTD.dtype
+            plain = group_documents(documents_BT, None, dtype)
+            windowed = None if window is None else group_documents(documents_BT, window, dtype)
         for layer, block in enumerate(stack.layers):
             if self._is_windowed(layer):
                 x_BTD = block(x_BTD, rotation, windowed, False, None)
@@ -91,14 +96,6 @@ class LanguageModel(nn.Module):
     def _is_windowed(self, layer: int) -> bool:
         shape = self.decoder.shape
         return shape.sliding_window is not None and (shape.window_layers is None or shape.window_layers[layer])
-
-
-def _added(seen_BTT: torch.Tensor, x_BTD: torch.Tensor) -> torch.Tensor:
-    """A mask as attention adds it to scores, [B, 1, T, T], made once: each block would widen a boolean one itself."""
-    device = x_BTD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_BTD.dtype
-    mask = torch.zeros(seen_BTT.shape, dtype=dtype, device=x_BTD.device)
-    return mask.masked_fill_(~seen_BTT, float("-inf"))[:, None]
 
 
 def restarted_positions(documents_BT: torch.Tensor) -> torch.Tensor:
