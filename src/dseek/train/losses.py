@@ -98,15 +98,15 @@ def _loss_and_gradients(
         for first in range(0, len(labels_N), chunk_rows):
             rows = slice(first, first + chunk_rows)
             states_CD, labels_C = hidden_ND[rows].to(dtype), labels_N[rows]
-            logits_CV = (states_CD @ head_VD.T).to(wide)
-            log_sums_C = logits_CV.logsumexp(dim=1)
-            total += (log_sums_C - logits_CV.gather(1, labels_C[:, None])[:, 0]).sum()
+            # One pass makes the logarithms of all probabilities, whose exponentials are the gradient.
+            logs_CV = (states_CD @ head_VD.T).to(wide).log_softmax(dim=1)
+            total -= logs_CV.gather(1, labels_C[:, None]).sum()
             if grad_ND is None and grad_VD is None:
                 continue
             # p - 1 at the label: the gradient of log sum exp(z) - z[label].
-            logits_CV.sub_(log_sums_C[:, None]).exp_()
-            logits_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1.0
-            grad_CV = logits_CV.to(dtype)
+            shares_CV = logs_CV.exp_()
+            shares_CV[torch.arange(len(labels_C), device=labels_C.device), labels_C] -= 1.0
+            grad_CV = shares_CV.to(dtype)
             if grad_ND is not None:
                 grad_ND[rows] = grad_CV @ head_VD
             if grad_VD is not None and grad_VD.dtype == dtype:
