@@ -31,7 +31,17 @@ class RankProcess(Protocol):
         """Look whether it has ended; its status."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end; subprocess.TimeoutExpired where it does not come in time."""
+        """Wait for its end.
+
+        Args:
+            timeout: seconds; None for ever.
+
+        Returns:
+            Its status.
+
+        Raises:
+            subprocess.TimeoutExpired: it has not come.
+        """
 
 
 Launch = Callable[[Mapping[str, str]], RankProcess]
