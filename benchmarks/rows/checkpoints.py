@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import statistics
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.continuous import lose_a_group
 from benchmarks.errors import BenchmarkError, IncorrectError
 from benchmarks.ranks import on_ranks
 from benchmarks.result import Outcome
@@ -88,7 +90,11 @@ def recovery(settings: Settings) -> Outcome:
                     raise IncorrectError(f"after a recovery by {name} the weights are not those of the run without one")
                 times[name].append(recovery_s)
     ours, theirs = (statistics.median(times[name]) for name in ("dseek", "torchrun"))
-    return Outcome(value=ours, unit="s", ratio=theirs / ours, peer="torchrun --max-restarts", details=times)
+    details: dict[str, Any] = {**times}
+    if not settings.smoke and importlib.util.find_spec("torchft") is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            details["continuous"] = lose_a_group(Path(folder))
+    return Outcome(value=ours, unit="s", ratio=theirs / ours, peer="torchrun --max-restarts", details=details)
 
 
 def _train(launcher: str, folder: Path, *, kill: bool) -> tuple[float, str]:
