@@ -334,5 +334,19 @@ ALL = (
         place="checkpoints:recovery",
         quick=True,
     ),
+    Row(
+        name="fault-soak",
+        claim="Of trainings of two processes that 200 random faults happen to, those that end with other bits than "
+        "without faults, or lose a state that was saved; bar 0",
+        place="faults:fault_soak",
+        quick=True,
+    ),
+    Row(
+        name="availability",
+        claim="Share of the time in which a training of two nodes makes lasting steps, simulated with a failure a node "
+        "and day and the recoveries that `recovery` measured; bar 99.97 %",
+        place="availability:availability",
+        quick=True,
+    ),
 )
 """In the order in which they are shown."""
