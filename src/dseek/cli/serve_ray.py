@@ -70,7 +70,10 @@ def serve_on_ray(args: argparse.Namespace, config: ServeConfig, bound: socket.so
         cluster.connect(address)
         try:
             name = cluster.application_name(config.model_names[0])
-            handle, take_away = cluster.deploy(_replicas(args, config.drain_s), name)
+            num_cpus = cluster.replica_share(args.workers)
+            if args.threads is not None:
+                num_cpus = min(num_cpus, float(args.threads))
+            handle, take_away = cluster.deploy(_replicas(args, num_cpus), name)
             fleet = RayFleet(
                 handle,
                 count=args.workers,
@@ -98,18 +101,21 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     """
     from ray import serve
 
+    from dseek.serve.on_ray import cluster
     from dseek.serve.on_ray.ingress import Ingress
 
     parsed = arguments_from(args)
     config = functools.partial(ingress_config, dict(args))
     config()  # an error is better told here than by every ingress that does not start
+    # A cluster that is being made may not have its nodes yet: who says how many threads is taken at their word.
+    num_cpus = cluster.replica_share(parsed.workers) if parsed.threads is None else float(parsed.threads)
     return serve.deployment(
         Ingress,
         name="Ingress",
         max_ongoing_requests=100_000,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=parsed.drain_s,
-    ).bind(_replicas(parsed, parsed.drain_s), config, parsed.workers)
+    ).bind(_replicas(parsed, num_cpus), config, parsed.workers)
 
 
 def arguments_from(given: dict[str, Any]) -> argparse.Namespace:
@@ -201,13 +207,10 @@ def _check_here(args: argparse.Namespace) -> None:
         measured_machine()
 
 
-def _replicas(args: argparse.Namespace, drain_s: float) -> serve.Application:
+def _replicas(args: argparse.Namespace, num_cpus: float) -> serve.Application:
     """The deployment of the model, each replica with its share of the cluster."""
     from dseek.serve.on_ray import cluster
 
-    num_cpus = cluster.replica_share(args.workers)
-    if args.threads is not None:
-        num_cpus = min(num_cpus, float(args.threads))
     words = replica_words(args, threads=max(1, int(num_cpus)))
     make_service = functools.partial(load_service, words)
-    return cluster.replica_deployment(make_service, count=args.workers, num_cpus=num_cpus, drain_s=drain_s)
+    return cluster.replica_deployment(make_service, count=args.workers, num_cpus=num_cpus, drain_s=args.drain_s)
