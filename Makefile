@@ -10,7 +10,7 @@ CPP_FILES = $(shell find src/dseek/ops/csrc -name '*.cpp' -o -name '*.h' -o -nam
 # The kernels are built by whatever cmake and ninja the environment holds; PATH goes first so that both are found.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help venv dev native run test browser rows sanitize lint format flags bench clean
+.PHONY: help venv dev native run test browser rows sanitized sanitize lint format flags bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -61,12 +61,14 @@ browser: dev ## the web page in Chromium (installed by apt where it is missing a
 rows: dev ## run benchmark rows on their smallest sizes, to see that they work (minutes)
 	$(BIN)/python -m pytest -m rows tests/benchmarks
 
-sanitize: dev ## build the kernels with AddressSanitizer and run what hunts for memory errors
+sanitized: dev ## build the kernels with AddressSanitizer
 	@test -e "$$(g++ -print-file-name=libasan.so)" || { echo "sanitize: g++ has no libasan.so; install the one of its version" >&2; exit 1; }
 	cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILER=g++ -DDSEEK_SANITIZE=ON \
 	    -DDSEEK_VARIANTS="$(shell $(BIN)/python -c 'from dseek.ops import native as n; print(*n.require().variants(), sep=";")')" \
 	    -DPython_EXECUTABLE=$(abspath $(BIN))/python
 	cmake --build $(SANITIZED) --parallel $(shell nproc)
+
+sanitize: sanitized ## run what hunts for memory errors with them
 	$(BIN)/python -m pytest -n 2 -m sanitizer tests/sanitizer
 
 lint: dev ## ruff, mypy, the import table, clang-format

@@ -161,6 +161,7 @@ def make_plan(runner: FakeRunner, **changes: Any) -> Any:
         "cache_dtype": "fp32",
         "machine_id": "none",
         "attention_patterns": (DENSE,),
+        "shape": SimpleNamespace(num_layers=1, num_heads=1, head_dim=4, num_block_parameters=lambda: 64),
         # Rows of prompts cost nothing, so that they are cut by the plan's chunk alone.
         "predicted": SimpleNamespace(decode_tokens_s=1.0, prefill_tokens_s=1e12),
     }

@@ -8,20 +8,20 @@ import pytest
 from dseek.engine.batch import Batch
 from dseek.engine.engine import Engine
 from dseek.engine.request import SamplingParams
-from dseek.engine.step_clock import MOST_STALL, StepClock
+from dseek.engine.step_clock import AIM, MOST_STALL, ROW_STEP, StepClock
 from tests.engine.fakes import FakeRunner, make_engine
 from tests.engine.test_engine import alone, run_all
 
 
 class Timed(FakeRunner):
-    """Takes a time for each step and each row, by its own clock."""
+    """Takes a time for each step, each row and each row's look at an earlier token, by its own clock."""
 
-    def __init__(self, step_s: float, row_s: float) -> None:
+    def __init__(self, step_s: float, row_s: float, pair_s: float = 0.0) -> None:
         super().__init__(num_pages=600, page_tokens=16)
-        self.step_s, self.row_s, self.now_s = step_s, row_s, 0.0
+        self.step_s, self.row_s, self.pair_s, self.now_s = step_s, row_s, pair_s, 0.0
 
     def forward(self, batch: Batch) -> np.ndarray:
-        self.now_s += self.step_s + self.row_s * batch.num_rows
+        self.now_s += self.step_s + self.row_s * batch.num_rows + self.pair_s * int(np.sum(batch.positions))
         return super().forward(batch)
 
 
@@ -33,11 +33,12 @@ def make_timed(runner: Timed, predicted_row_s: float) -> Engine:
     return engine
 
 
+@pytest.mark.parametrize("pair_s", [0.0, 0.00001])
 @pytest.mark.parametrize("predicted_row_s", [0.001, 0.01, 0.1])
-def test_a_prompt_stalls_an_answer_no_longer_than_four_steps(predicted_row_s: float) -> None:
-    runner = Timed(step_s=1.0, row_s=0.02)
+def test_a_prompt_stalls_an_answer_no_longer_than_four_steps(predicted_row_s: float, pair_s: float) -> None:
+    runner = Timed(step_s=1.0, row_s=0.02, pair_s=pair_s)
     engine = make_timed(runner, predicted_row_s)
-    answer = SamplingParams(max_new_tokens=200, ignore_eos=True)
+    answer = SamplingParams(max_new_tokens=600, ignore_eos=True)
     first = engine.add([1, 2], answer)
     while len(first.token_ids) < 20:
         engine.step()
@@ -50,10 +51,31 @@ def test_a_prompt_stalls_an_answer_no_longer_than_four_steps(predicted_row_s: fl
         gaps.append(runner.now_s - before_s)
     usual_s = runner.step_s + runner.row_s
     # What is learnt takes a few steps where the prediction was far off; then the bound holds, and is made use of.
-    assert max(gaps[8:]) <= MOST_STALL * usual_s * 1.06
-    assert max(gaps[8:]) > 0.7 * MOST_STALL * usual_s
+    assert max(gaps[8:]) <= MOST_STALL * usual_s
+    assert max(gaps[8:]) > 0.8 * AIM * usual_s
+    if predicted_row_s > runner.row_s:  # with the caution that predictions are taken with, no step is too long
+        assert max(gaps) <= MOST_STALL * usual_s
     run_all(engine, [first, second])
     assert second.output().token_ids == alone_timed(prompt)
+
+
+def test_pieces_shrink_as_a_prompt_goes_on() -> None:
+    clock = StepClock(1.0, 0.01, 0.01 / 1000)
+    rows = [clock.prompt_rows(4096, position) for position in (0, 1000, 8000, 10**9)]
+    assert rows == [176, 96, 16, ROW_STEP]
+    for position, count in zip((0, 1000, 8000), rows, strict=False):
+        took_s = sum(0.01 + 0.01 / 1000 * (position + row) for row in range(count))
+        assert took_s <= (AIM - 1) < took_s * (count + ROW_STEP) / count * 1.05
+
+
+def test_early_pieces_teach_rows_and_late_ones_attention() -> None:
+    clock = StepClock(1.0, 0.1, 0.1 / 1000)
+    for step in range(400):
+        rows, position = 32, (step % 20) * 400
+        pairs = rows * position + rows * rows // 2
+        clock.note(1.0 + 0.02 * rows + 0.00001 * pairs, num_answers=1, other_rows=rows, pairs=pairs)
+    assert clock.row_s == pytest.approx(0.02, rel=0.1)
+    assert clock.pair_s == pytest.approx(0.00001, rel=0.1)
 
 
 def alone_timed(prompt: list[int]) -> tuple[int, ...]:
@@ -93,11 +115,11 @@ def test_prompts_are_not_cut_where_nobody_reads_along() -> None:
 
 def test_one_slow_step_changes_little() -> None:
     clock = StepClock(0.02, 0.001)
-    before = clock.prompt_rows(4096)
+    before = clock.prompt_rows(4096, 0)
     clock.note(10.0, num_answers=2, other_rows=32)
-    assert clock.prompt_rows(4096) >= before // 2
-    assert StepClock(0.02, 1.0).prompt_rows(4096) == 16
-    assert StepClock(0.02, 1.0).prompt_rows(4) == 4
+    assert clock.prompt_rows(4096, 0) >= before // 2
+    assert StepClock(0.02, 1.0).prompt_rows(4096, 0) == ROW_STEP
+    assert StepClock(0.02, 1.0).prompt_rows(4, 0) == 4
 
 
 def test_answers_are_the_same_however_prompts_are_cut() -> None:

@@ -29,24 +29,26 @@ class Counters:
     accepted_tokens: int = 0
     """Of these, those that were right."""
 
-    def count(self, scheduled: Sequence[Request]) -> tuple[int, int]:
+    def count(self, scheduled: Sequence[Request]) -> tuple[int, int, int]:
         """Count a step.
 
         Args:
             scheduled: requests with the rows that were computed, before they are advanced.
 
         Returns:
-            Newest tokens of answers, and rows besides: of drafts and of prompts.
+            Newest tokens of answers, rows besides (of drafts and prompts), and pairs of these with earlier tokens.
         """
-        answers = prompts = drafts = 0
+        answers = prompts = drafts = pairs = 0
         for request in scheduled:
             if request.num_scheduled == 1 and request.num_computed + 1 == len(request.token_ids):
                 answers += 1
                 drafts += len(request.drafts)
+                pairs += len(request.drafts) * len(request.token_ids)
             else:
                 prompts += request.num_scheduled
+                pairs += request.num_scheduled * (2 * request.num_computed + request.num_scheduled) // 2
         self.steps += 1
         self.decode_rows += answers + drafts
         self.prefill_rows += prompts
         self.drafted_tokens += drafts
-        return answers, drafts + prompts
+        return answers, drafts + prompts, pairs

@@ -200,8 +200,8 @@ class Engine:
         batch = gather(scheduled)
         start_s = self.now()
         logits = self.runner.forward(batch)
-        num_answers, other_rows = self.counters.count(scheduled)
-        self.clock.note(self.now() - start_s, num_answers=num_answers, other_rows=other_rows)
+        num_answers, other_rows, pairs = self.counters.count(scheduled)
+        self.clock.note(self.now() - start_s, num_answers=num_answers, other_rows=other_rows, pairs=pairs)
         events.emit("engine.step", num_rows=batch.num_rows, num_sequences=batch.num_sequences)
         return self._postprocess(scheduled, logits)
 
@@ -315,7 +315,7 @@ class Engine:
         """Rows that prompts may have in a step that answers wait for; None: all, as where ranks must decide alike."""
         if not self.spares_answers or self.runner.is_shared:
             return None
-        return self.clock.prompt_rows(self.scheduler.max_rows)
+        return self.clock.prompt_rows(self.scheduler.max_rows, self.scheduler.prompt_position())
 
     def _not_finite(self, request: Request) -> NotFiniteError:
         """Make the error of a request whose last token's logits are not finite."""

@@ -110,6 +110,11 @@ class Scheduler:
                 answering.append(request)
         return answering
 
+    def prompt_position(self) -> int:
+        """Tell how many tokens of the prompt that comes next are computed; 0 where none is begun."""
+        begun = (entry.num_computed for entry in self.running if len(entry.token_ids) - entry.num_computed > 1)
+        return next(begun, 0)
+
     def advance(self, request: Request) -> None:
         """Note that more of a request has been computed.
 
