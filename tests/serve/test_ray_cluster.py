@@ -145,7 +145,8 @@ def test_ray_serve_runs_the_same_application(model: tuple[Path, Path], expected:
         port = free.getsockname()[1]
     ray.init(address=cluster, log_to_driver=False, logging_level="ERROR")
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        # Both nodes are this machine, which has the port once.
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         arguments = {"model": str(model[0]), "plan": str(model[1]), "workers": 2, "served-model-name": "tiny"}
         serve.run(build_app(arguments), name="tiny", route_prefix="/")
         url = f"http://127.0.0.1:{port}"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import signal
 import socket
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from dseek.cli.serve_workers import replica_words
@@ -66,8 +68,12 @@ def serve_on_ray(args: argparse.Namespace, config: ServeConfig, bound: socket.so
     def ready() -> None:
         print(f"{config.model_names[0]} is served at {url_of(bound)} by {args.workers} workers on Ray", flush=True)
 
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
     with bound:
         cluster.connect(address)
+        signal.signal(signal.SIGTERM, end)  # Ray's own handler ends with a trace of C++; the server has its own later
         try:
             name = cluster.application_name(config.model_names[0])
             num_cpus = cluster.replica_share(args.workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
@@ -54,6 +55,7 @@ def connect(address: str | None) -> None:
         ConfigError: the cluster cannot be joined.
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is None:
         ray.init(
             address="local",
