@@ -308,6 +308,12 @@ ALL = (
         quick=True,
     ),
     Row(
+        name="replica-kill",
+        claim="`kill -9` of one of two Ray replicas under load, SmolLM2-135M, fp32: none fails that had not begun "
+        "to stream, answers equal those generated alone, and the replica is replaced; bar 15 s",
+        place="replica_kill:replica_kill",
+    ),
+    Row(
         name="sync",
         claim="All-reduce of float32 between processes of one host, 64 MiB and 1 MiB, 2 and 4 processes; peer gloo; "
         "the ratio is the smallest of the four",
