@@ -268,7 +268,7 @@ ALL = (
     ),
     Row(
         name="gap-long-prompt",
-        claim="Longest gap of four streams while a prompt of 4096 tokens is computed beside them, SmolLM2-135M, int8, "
+        claim="Longest gap of four streams while a prompt of 8192 tokens is computed beside them, SmolLM2-135M, int8, "
         "over HTTP; bar 4 usual gaps",
         place="serving:gap_long_prompt",
         quick=True,
