@@ -268,7 +268,7 @@ ALL = (
     ),
     Row(
         name="gap-long-prompt",
-        claim="Longest gap of four streams while a prompt of 4096 tokens is computed beside them, SmolLM2-135M, int8, "
+        claim="Longest gap of four streams while a prompt of 8192 tokens is computed beside them, SmolLM2-135M, int8, "
         "over HTTP; bar 4 usual gaps",
         place="serving:gap_long_prompt",
         quick=True,
@@ -306,6 +306,12 @@ ALL = (
         "are answered as before",
         place="serving:hostile",
         quick=True,
+    ),
+    Row(
+        name="replica-kill",
+        claim="`kill -9` of one of two Ray replicas under load, SmolLM2-135M, fp32: none fails that had not begun "
+        "to stream, answers equal those generated alone, and the replica is replaced; bar 15 s",
+        place="replica_kill:replica_kill",
     ),
     Row(
         name="sync",
