@@ -77,7 +77,7 @@ def recovery(settings: Settings) -> Outcome:
     Both run the same training, which saves each step with dseek's checkpoints, so the difference is in noticing,
     stopping and starting. The final weights must have the bits of a run without the kill.
     """
-    rounds = 1 if settings.smoke else max(3, settings.rounds // 2)
+    rounds = settings.rounds
     times: dict[str, list[float]] = {"dseek": [], "torchrun": []}
     with tempfile.TemporaryDirectory() as folder:
         wanted = _train("dseek", Path(folder) / "whole", kill=False)[1]

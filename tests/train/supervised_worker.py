@@ -1,12 +1,9 @@
-"""A tiny training of several ranks that saves each step: what the supervisor's test starts, restarts and compares.
-
-`python supervised_worker.py FOLDER STEPS [FAULT ...]`
-"""
+"""A tiny training of several ranks that saves each step: what the supervisor's test starts, restarts and compares."""
 
 from __future__ import annotations
 
 import os
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,14 +54,10 @@ def train(folder: Path, num_steps: int, given: list[faults.Fault], run: str, sta
         torch.save(model.state_dict(), folder / "weights.pt")
 
 
-def main() -> None:
-    """Run one rank."""
+def run(folder: Path, num_steps: int, given: Sequence[str]) -> None:
+    """Run one rank, named by its environment, with the faults of all."""
     torch.set_num_threads(1)
     start = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     dist.init_process_group("dseek")
-    train(Path(sys.argv[1]), int(sys.argv[2]), [faults.parse(text) for text in sys.argv[3:]], run_id(), start)
+    train(folder, num_steps, [faults.parse(text) for text in given], run_id(), start)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.forked import Forked
 from dseek.core.errors import ConfigError, PeerError
-from dseek.train import faults
-from dseek.train.lease import Lease, read_lease
-from dseek.train.supervisor import Supervisor, SupervisorConfig, supervise
-from tests.parallel.distributed import run_ranks
-from tests.train.supervised_worker import train
+from dseek.train.lease import Lease, allow_until, read_lease
+from dseek.train.supervisor import Restart, Supervisor, SupervisorConfig, supervise
+from tests.train import supervised_worker
 
 WORKER = """
 import os, signal, sys, time
@@ -82,18 +82,18 @@ def test_a_lease_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     lease.renew(5)
     lease.renew(9)
     assert read_lease(path) == (2, 9)
+    allow_until(path, time.monotonic() + 60)
+    lease.renew(9)
+    assert read_lease(path) == (3, 9)
+    allow_until(path, time.monotonic() - 1)
+    with pytest.raises(PeerError, match="out of touch"):
+        lease.renew(10)
+    assert read_lease(path) == (3, 9)
     monkeypatch.setattr(os, "getppid", lambda: 1)
     with pytest.raises(PeerError, match="supervisor of this process has ended"):
         lease.renew(10)
     lease.close()
     lease.renew(11)
-
-
-@pytest.mark.parametrize("text", ["kill", "kill:1", "burn:1@2", "kill:-1@2", "slow:1@2:x"])
-def test_faults_are_read(text: str) -> None:
-    assert faults.parse("slow:1@2:0.5") == faults.Fault(kind="slow", rank=1, step=2, seconds=0.5)
-    with pytest.raises(ConfigError, match="KIND:RANK@STEP"):
-        faults.parse(text)
 
 
 def test_wrong_settings_are_refused() -> None:
@@ -102,22 +102,28 @@ def test_wrong_settings_are_refused() -> None:
             SupervisorConfig(**{"command": ("true",), "world_size": 1, **wrong})  # type: ignore[arg-type]
 
 
-def _train_undisturbed(rank: int, world_size: int, folder: str) -> None:
-    train(Path(folder), 8, [], run="undisturbed")
+def _train(folder: Path, *given: str) -> list[Restart]:
+    """Run the worker's training under the supervisor, its ranks forks of this process, which knows PyTorch already."""
+
+    def launch(variables: Mapping[str, str]) -> Forked:
+        return Forked(lambda: supervised_worker.run(folder, 8, given), variables, folder / f"log-{variables['RANK']}")
+
+    folder.mkdir()
+    return Supervisor(SupervisorConfig(command=("worker",), world_size=2, lease_s=60), launch=launch).run()
 
 
 @pytest.mark.native
-def test_a_recovered_training_is_bit_equal(tmp_path: Path, repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recovered_training_is_bit_equal(tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        folder.mkdir()
-    run_ranks(2, _train_undisturbed, str(whole), backend="dseek")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    worker = Path(__file__).with_name("supervised_worker.py")
-    start_s = time.monotonic()
-    (restart,) = supervise([sys.executable, str(worker), str(broken), "8", "kill:1@5"], 2, lease_s=60)
-    assert restart.rank in (0, 1) and restart.step >= 4 and time.monotonic() > start_s
+    assert _train(whole) == []
+    (restart,) = _train(broken, "kill:1@5")
+    assert restart.rank in (0, 1) and restart.step >= 4
     wanted, found = (torch.load(folder / "weights.pt", weights_only=True) for folder in (whole, broken))
     assert list(found) == list(wanted)
     for name in wanted:
         assert torch.equal(found[name], wanted[name]), name
+
+
+def test_a_command_is_supervised(tmp_path: Path) -> None:
+    assert supervise([sys.executable, "-c", WORKER, str(tmp_path)], 1, lease_s=60) == []
+    assert (tmp_path / "done-0").exists()

@@ -10,24 +10,19 @@ waiting for one that is). Slow is not lost. The processes are children of this o
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
-import signal
-import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from dseek.core import events
 from dseek.core.errors import ConfigError, PeerError
 from dseek.core.logs import get_logger
-from dseek.train.lease import read_lease
+from dseek.train.local_ranks import POLL_S, Launch, LocalRanks, free_port, launch_command
 
-_POLL_S = 0.02
 _log = get_logger(__name__)
 
 
@@ -73,24 +68,25 @@ class Restart:
     """From noticing to the first renewal of every rank."""
 
 
-@dataclass(slots=True)
-class _Rank:
-    process: subprocess.Popen[bytes]
-    lease: Path
-    renewals: int = 0
-    step: int = 0
-    seen_s: float = field(default_factory=time.monotonic)
-
-
 class Supervisor:
     """Runs one training to its end."""
 
-    def __init__(self, config: SupervisorConfig) -> None:
-        """Prepare to run `config`; nothing is started yet."""
+    def __init__(self, config: SupervisorConfig, *, launch: Launch | None = None) -> None:
+        """Prepare to run a training; nothing is started yet.
+
+        Args:
+            config: what is run.
+            launch: starts a rank otherwise than by `config.command`, which is then only its name.
+        """
         self.config = config
         self.restarts: list[Restart] = []
         self._run_id = secrets.token_hex(4)
-        self._ranks: list[_Rank] = []
+        self._ranks = LocalRanks(
+            launch or launch_command(config.command),
+            lease_s=config.lease_s,
+            start_s=config.start_s,
+            grace_s=config.grace_s,
+        )
 
     def run(self) -> list[Restart]:
         """Run all processes until all have ended well.
@@ -105,7 +101,7 @@ class Supervisor:
             try:
                 self._run(Path(folder))
             finally:
-                self._stop()
+                self._ranks.stop()
         return self.restarts
 
     def _run(self, folder: Path) -> None:
@@ -114,7 +110,7 @@ class Supervisor:
         while (loss := self._watch()) is not None:
             noticed_s = time.monotonic()
             rank, reason = loss
-            step = max(one.step for one in self._ranks)
+            step = self._ranks.step
             num_without_progress = 0 if step > furthest else num_without_progress + 1
             furthest = max(furthest, step)
             _log.warning("rank %d is lost at step %d: %s", rank, step, reason)
@@ -123,7 +119,7 @@ class Supervisor:
                     f"rank {rank} was lost again ({reason}), {num_without_progress} times without a new step",
                     remedy="look at its output, then start the training again: it goes on from the newest checkpoint",
                 )
-            self._stop()
+            self._ranks.stop()
             stop_s = time.monotonic() - noticed_s
             self._start(folder, len(self.restarts) + 1)
             self._await_first_renewals()
@@ -134,78 +130,58 @@ class Supervisor:
             events.emit("supervisor.restart", restart=restart)
 
     def _start(self, folder: Path, start: int) -> None:
-        port = _free_port()
-        self._ranks = []
-        for rank in range(self.config.world_size):
-            lease = folder / f"lease-{start}-{rank}"
-            lease.write_bytes(b"")
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(self.config.world_size),
-                "LOCAL_WORLD_SIZE": str(self.config.world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "TORCHELASTIC_RUN_ID": self._run_id,
-                "TORCHELASTIC_RESTART_COUNT": str(start),
-                "DSEEK_LEASE": str(lease),
-            }
-            # A session of its own: Ctrl-C reaches the supervisor alone, and signals reach what a rank has started.
-            process = subprocess.Popen(self.config.command, env=environment, start_new_session=True)
-            self._ranks.append(_Rank(process=process, lease=lease))
+        port = free_port()
+        size = self.config.world_size
+        ranks = range(size)
+        self._ranks.start(
+            folder,
+            [variables_of(rank, size, rank, size, "127.0.0.1", port, run=self._run_id, start=start) for rank in ranks],
+        )
 
     def _watch(self) -> tuple[int, str] | None:
         """Wait until a rank is lost, or all have ended well (None)."""
         while True:
-            loss = self._look()
+            loss = self._ranks.look()
             if loss is not None:
                 return loss
-            if all(one.process.returncode == 0 for one in self._ranks):
+            if self._ranks.have_ended:
                 return None
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
 
     def _await_first_renewals(self) -> None:
         """Wait until every rank has renewed once, or ended, or one is lost, which `_watch` will find."""
-        while self._look() is None and any(one.renewals == 0 and one.process.returncode is None for one in self._ranks):
-            time.sleep(_POLL_S)
-
-    def _look(self) -> tuple[int, str] | None:
-        """Look at every rank once; who is lost, and why. Who died explains more than who is silent because of that."""
-        silent = None
-        for rank, one in enumerate(self._ranks):
-            status = one.process.poll()
-            renewals, step = read_lease(one.lease)
-            if renewals != one.renewals:
-                one.renewals, one.step, one.seen_s = renewals, step, time.monotonic()
-            if status not in (None, 0):
-                return rank, f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
-            limit_s = self.config.lease_s if one.renewals else self.config.start_s
-            if status is None and time.monotonic() - one.seen_s > limit_s and silent is None:
-                silent = rank, f"silent for {limit_s:g} s"
-        return silent
-
-    def _stop(self) -> None:
-        """End all processes, those that are stopped too, and whatever they have started."""
-        deadline = time.monotonic() + self.config.grace_s
-        for one in self._ranks:
-            _signal(one.process, signal.SIGTERM)
-        for one in self._ranks:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                one.process.wait(max(deadline - time.monotonic(), 0))
-            _signal(one.process, signal.SIGKILL)
-            one.process.wait()
+        while self._ranks.look() is None and not self._ranks.have_renewed:
+            time.sleep(POLL_S)
 
 
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
+def variables_of(
+    rank: int, world_size: int, local_rank: int, local_size: int, address: str, port: int, *, run: str, start: int
+) -> dict[str, str]:
+    """Name a rank to itself, as torchrun does.
 
+    Args:
+        rank: among all.
+        world_size: all of them.
+        local_rank: among those of its host.
+        local_size: those.
+        address: of rank 0's host.
+        port: there.
+        run: of this training.
+        start: how often it was restarted.
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    Returns:
+        Variables of its environment.
+    """
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(local_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": run,
+        "TORCHELASTIC_RESTART_COUNT": str(start),
+    }
 
 
 def run_id() -> str:
