@@ -67,6 +67,7 @@ class _Load:
         self._expected = expected
         self._num_tokens = num_tokens
         self._enough = False
+        self._ended = [0] * len(asked)
         self.counts: Counter[str] = Counter(whole=0, streamed=0, cut_off=0)
         self.wrong: list[str] = []
 
@@ -75,7 +76,10 @@ class _Load:
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=self._server.url, timeout=TIMEOUT_S, limits=limits) as client:
             clients = [asyncio.create_task(self._client(client, number)) for number in range(len(self._asked))]
-            replaced_s = [await self._kill(client, number % 2) for number in range(kills)]
+            replaced_s = []
+            for number in range(kills):
+                replaced_s.append(await self._kill(client, number % 2))
+                await self._settle()
             self._enough = True
             await asyncio.gather(*clients)
         return replaced_s
@@ -93,6 +97,12 @@ class _Load:
             await asyncio.sleep(0.05)
         raise IncorrectError(f"replica {number} was not replaced")
 
+    async def _settle(self) -> None:
+        """Wait until all that ran with the last kill has ended: what is lost again and again is given up, rightly."""
+        before = list(self._ended)
+        while any(now == then for now, then in zip(self._ended, before, strict=True)):
+            await asyncio.sleep(0.05)
+
     async def _client(self, client: httpx.AsyncClient, number: int) -> None:
         """Ask one prompt again and again, whole or as a stream."""
         streamed = number % 2 == 1
@@ -109,6 +119,7 @@ class _Load:
                         self._judge("whole", response.json()["choices"][0]["text"], self._expected[number])
             except httpx.HTTPError as error:
                 self.wrong.append(f"{type(error).__name__}: {error}")
+            self._ended[number] += 1
 
     async def _stream(self, client: httpx.AsyncClient, body: dict[str, Any], expected: str) -> None:
         """Read one stream, which ends as it should or, once begun, with an error that says so."""

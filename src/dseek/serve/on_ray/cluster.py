@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from dseek.core.errors import ConfigError
+from dseek.core.errors import ConfigError, PeerError
 from dseek.core.logs import get_logger
 from dseek.serve.on_ray.replica import ModelReplica
 from dseek.serve.on_ray.shares import share
@@ -53,17 +53,23 @@ def connect(address: str | None) -> None:
 
     Raises:
         ConfigError: the cluster cannot be joined.
+        PeerError: none can be started here.
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if address is None:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            **quiet,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **quiet,
+            )
+        except Exception as error:  # Ray raises plain ones where its processes take more than half a minute to start
+            raise PeerError(
+                f"Ray did not start on this machine: {error}", remedy="try again when it is less busy"
+            ) from None
         return
     if address.startswith("ray://"):
         raise ConfigError(

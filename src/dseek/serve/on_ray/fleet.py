@@ -114,7 +114,7 @@ class RayFleet:
             raise ApiError(503, "no replica is ready; try again later", code="not_ready", headers={"retry-after": "1"})
         response = self._streaming.answer.remote(request, hashes=request.hashes)
         try:
-            with _translated("?"):
+            with _translated("(chosen by Ray Serve)"):
                 async with asyncio.timeout(self._timeout_s):
                     number, status, headers = await anext(response)
             yield _Received(str(number), status, headers, response)
