@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import statistics
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import models, standard_library
+from benchmarks.continuous import lose_a_group
 from benchmarks.errors import BenchmarkError, IncorrectError
 from benchmarks.ranks import on_ranks
 from benchmarks.result import Outcome, ratio_to_bar
@@ -84,7 +86,7 @@ def recovery(settings: Settings) -> Outcome:
     from the report of the step before the kill. The final weights must have the bits of a run without the kill.
     """
     launchers = ("dseek",) if settings.smoke else ("dseek", "torchrun")
-    rounds = 1 if settings.smoke else max(3, settings.rounds // 2)
+    rounds = settings.rounds
     times: dict[str, list[float]] = {name: [] for name in launchers}
     with tempfile.TemporaryDirectory() as folder:
         wanted = _train("dseek", Path(folder) / "whole", kill=False)[1]
@@ -95,7 +97,11 @@ def recovery(settings: Settings) -> Outcome:
                     raise IncorrectError(f"after a recovery by {name} the weights are not those of the run without one")
                 times[name].append(recovery_s)
     ours = statistics.median(times["dseek"])
-    return Outcome(value=ours, unit="s", ratio=ratio_to_bar(RECOVERY_BAR_S, ours), details=times)
+    details: dict[str, Any] = {**times}
+    if not settings.smoke and importlib.util.find_spec("torchft") is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            details["continuous"] = lose_a_group(Path(folder))
+    return Outcome(value=ours, unit="s", ratio=ratio_to_bar(RECOVERY_BAR_S, ours), details=details)
 
 
 def _train(launcher: str, folder: Path, *, kill: bool) -> tuple[float, str]:

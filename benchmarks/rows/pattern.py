@@ -19,7 +19,7 @@ FIELDS: dict[str, Any] = {"window_tokens": WINDOW_TOKENS, "top_blocks": TOP_BLOC
 MODEL_PATTERN = AttentionPattern(kind="dynamic", window_tokens=(64,), top_blocks=64, min_share=0.03, gate=True)
 """What a whole model attends to: every query selects for itself, by the model's gate."""
 
-DENSE_SHARE = 1 / 90
+DENSE_SHARE = 2 / 90
 """Of the key-value heads of the rows' model, SmolLM2: those that see everything all the same, by its gate."""
 
 LOAD_OPTIONS: dict[str, Any] = {

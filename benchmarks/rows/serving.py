@@ -30,7 +30,7 @@ MODEL = models.SMOLLM2
 GAP_BAR = 4.0
 """Times its usual gap that a stream may wait while another's long prompt is computed."""
 
-STREAM_TOKENS = 900
+STREAM_TOKENS = 2500
 """Length of answers that are left before they end."""
 
 SETTLED_TOKENS = 20
@@ -83,11 +83,12 @@ def exact_under_load(settings: Settings) -> Outcome:
 
 def gap_long_prompt(settings: Settings) -> Outcome:
     """Longest gap of running streams while a long prompt is computed beside them, in usual gaps; int8."""
-    length = settings.pick(4096, 256)
+    length = settings.pick(8192, 256)
     worst: list[float] = []
     usual: list[float] = []
     short = prompts(MODEL, 64, 4)
-    with _int8(settings, length + 1024, batch=8) as server:
+    positions = ["--max-position-embeddings", "16384"]  # the model was made for as many as the prompt has
+    with _int8(settings, length + 1024, positions, batch=8) as server:
         for long_prompt in prompts(MODEL, length, settings.rounds):
             streams, disturbing = asyncio.run(_disturbed(server, short, long_prompt))
             for answered in streams:
@@ -276,9 +277,9 @@ def hostile(settings: Settings) -> Outcome:
     return Outcome(value=1.0, unit="fraction", ratio=1.0, details={"requests": count})
 
 
-def _int8(settings: Settings, context_tokens: int, *, batch: int) -> Any:
+def _int8(settings: Settings, context_tokens: int, others: Sequence[str] = (), *, batch: int) -> Any:
     """A server of SmolLM2 in int8."""
-    options = ["--precision", "int8", "--batch", str(batch), "--context", str(context_tokens)]
+    options = [*others, "--precision", "int8", "--batch", str(batch), "--context", str(context_tokens)]
     return serving(models.own_path(MODEL), options=[*options, "--threads", str(settings.threads)])
 
 

@@ -20,7 +20,9 @@ TRACE = "TIMESTAMP,ContextTokens,GeneratedTokens\n" + "".join(
 
 
 @pytest.mark.rows
-@pytest.mark.parametrize("name", ["exact-under-load", "gap-long-prompt", "prefix-reuse", "streams", "soak", "hostile"])
+@pytest.mark.parametrize(
+    "name", ["exact-under-load", "gap-long-prompt", "prefix-reuse", "streams", "soak", "hostile", "replica-kill"]
+)
 def test_a_row_runs(name: str) -> None:
     outcome = row(name).measure(SMOKE)
     assert outcome.value >= 0

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 
 from dseek.core.errors import RequestError
 from dseek.engine.evaluate import score
+from dseek.engine.llm import load
+from dseek.serve.app import create_app
+from dseek.serve.config import ServeConfig
+from dseek.serve.service import Service
 from tests.engine.fakes import FakeRunner, make_llm
+from tests.serve.process import save_model
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `eval`)")
 
@@ -114,3 +125,52 @@ def test_the_harness_runs_a_task() -> None:
     )
     results = lm_eval.simple_evaluate(model=adapter(), tasks=[task], bootstrap_iters=0, verbosity="ERROR")
     assert results["results"]["tiny"]["acc,none"] == 0.5
+
+
+@pytest.mark.native
+def test_the_harness_gets_from_a_server_what_the_model_says(tmp_path: Path) -> None:
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    model, plan = save_model(tmp_path)
+    pairs = [("the quick brown", " fox jumps"), ("a lazy", " dog"), ("the", " quick fox over the lazy dog")]
+    with load(str(model), plan=str(plan)) as llm:
+        expected = []
+        for context, continuation in pairs:
+            context_ids, ids = (
+                llm.tokenizer.encode(text, add_special_tokens=False) for text in (context, context + continuation)
+            )
+            likelihoods, right = score(llm, ids)
+            count = len(ids) - len(context_ids)
+            expected.append((float(likelihoods[-count:].sum()), bool(right[-count:].all())))
+        said = llm.generate(["the quick brown"], max_new_tokens=8)[0].text
+        with answering(create_app(Service(llm, ServeConfig(model_names=("tiny",))))) as url:
+            lm = LocalCompletionsAPI(
+                base_url=f"{url}/v1/completions",
+                model="tiny",
+                tokenizer_backend="huggingface",
+                tokenizer=str(model),
+                batch_size=2,
+                max_length=1024,
+            )
+            found = lm.loglikelihood([instance("loglikelihood", *pair) for pair in pairs], disable_tqdm=True)
+            options = {"until": ["never said"], "max_gen_toks": 8}
+            (answer,) = lm.generate_until([instance("generate_until", "the quick brown", options)], disable_tqdm=True)
+    for (value, greedy), (expected_value, expected_greedy) in zip(found, expected, strict=True):
+        assert value == pytest.approx(expected_value, abs=1e-3) and greedy == expected_greedy
+    assert answer == said
+
+
+@contextmanager
+def answering(app: Any) -> Iterator[str]:
+    """Serve an application on a free port of this machine, beside the test; yield its address."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="on", log_config=None))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
+        host, port = server.servers[0].sockets[0].getsockname()
+        yield f"http://{host}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +18,12 @@ from dseek.serve.affinity import BLOCK_CHARS, SLACK, Affinity, beginning, block_
 from dseek.serve.auth import hash_key, new_key
 from dseek.serve.config import ServeConfig
 from dseek.serve.doorman import Doorman
+from dseek.serve.fleet import Passed, ReplicaLostError
+from dseek.serve.local_fleet import LocalFleet
 from dseek.serve.metrics import Metrics
-from dseek.serve.router import Router
+from dseek.serve.router import MAX_LOST, Router
 from tests.serve.process import running, save_model
-from tests.serve.serving import Served, served
+from tests.serve.serving import Served, events, served
 
 LONG = "a conversation that goes on for long enough to be remembered; " * 12
 
@@ -81,7 +83,7 @@ def routed(count: int = 2, **settings: Any) -> Iterator[tuple[Served, list[Serve
 
         replicas = SimpleNamespace(all=[Here(number) for number in range(count)])
         replicas.ready = lambda: [replica for replica in replicas.all if replica.is_ready]
-        router = Router(replicas, Affinity(seed=0), lambda: False)
+        router = Router(LocalFleet(replicas, Affinity(seed=0)), lambda: False)  # type: ignore[arg-type]
         config = ServeConfig(model_names=("fake",), **settings)
         front = Served(behind[0].service, Doorman(router, config, Metrics("fake")))
         yield front, behind, replicas
@@ -148,6 +150,60 @@ def test_metrics_of_all_replicas_are_told_apart() -> None:
             assert f'dseek_num_requests_running{{model_name="fake",replica="{number}"}}' in text
             assert f'dseek_router_replica_ready{{replica="{number}"}} 1.0' in text
         assert text.count("# TYPE dseek_num_requests_running ") == 1
+
+
+class Broken:
+    """A fleet whose replicas are lost as a script says: each exchange takes the next line."""
+
+    def __init__(self, *script: list[Any]) -> None:
+        self.script = list(script)
+        self.avoided: list[set[str]] = []
+
+    @asynccontextmanager
+    async def exchange(self, request: Passed, avoid: set[str]) -> AsyncIterator[Any]:
+        self.avoided.append(set(avoid))
+        number = str(len(self.avoided) - 1)
+        kind, *pieces = self.script.pop(0)
+        if kind in ("unreached", "lost"):
+            raise ReplicaLostError(number, in_work=kind == "lost")
+
+        async def body() -> AsyncIterator[bytes]:
+            for piece in pieces:
+                if piece is None:
+                    raise ReplicaLostError(number, in_work=True)
+                yield piece
+
+        yield SimpleNamespace(status=200, headers=[(b"content-type", kind.encode())], pieces=body)
+
+    def served(self) -> Served:
+        router = Router(self, lambda: False)  # type: ignore[arg-type]
+        return Served(None, Doorman(router, ServeConfig(model_names=("fake",)), Metrics("fake")))  # type: ignore[arg-type]
+
+
+JSON, STREAM = "application/json", "text/event-stream; charset=utf-8"
+
+
+def test_a_request_that_was_lost_before_its_client_saw_anything_goes_to_another_replica() -> None:
+    fleet = Broken(["unreached"], ["lost"], [JSON, b'{"a', None], [JSON, b'{"a', b'":1}'])
+    response = fleet.served().complete("abc")
+    assert (response.status_code, response.json()) == (200, {"a": 1})
+    assert fleet.avoided == [set(), {"0"}, {"0", "1"}, {"0", "1", "2"}]
+    fleet = Broken(["lost"], [STREAM, b"data: {}\n\n", b"data: [DONE]\n\n"])
+    assert events(fleet.served().complete("abc", stream=True)) == [{}]
+
+
+def test_a_stream_that_breaks_off_ends_with_an_error_and_is_not_begun_again() -> None:
+    fleet = Broken([STREAM, b'data: {"n": 1}\n\n', None], [STREAM, b"data: [DONE]\n\n"])
+    first, error = events(fleet.served().complete("abc", stream=True))
+    assert first == {"n": 1} and error["error"]["code"] == "replica_failed"
+    assert len(fleet.script) == 1
+
+
+def test_a_request_that_replicas_die_of_is_given_up() -> None:
+    fleet = Broken(*[["unreached"]] * 4, *[["lost"]] * 9)
+    response = fleet.served().complete("abc")
+    assert (response.status_code, response.json()["error"]["code"]) == (502, "replica_failed")
+    assert len(fleet.script) == 9 - MAX_LOST
 
 
 @pytest.mark.slow

@@ -236,6 +236,7 @@ def test_a_killed_rank_changes_no_bit(folder: Path, shared: tuple[Path, Any], tm
         ("", ("--nproc-per-node", "2", "--max-restarts", "-1"), "negative"),
         ("", ("--nproc-per-node", "2", "--inject-fault", "kill:2@1"), "names rank 2"),
         ("", ("--inject-fault", "burn:0@1"), "KIND:RANK@STEP"),
+        ("", ("--inject-fault", "torn:0@1:part"), "needs no files"),
         ('method = "gate"\n', ("--nproc-per-node", "2"), "gates learn on one process"),
         ("", ("--set", "checkpoints.keep_last=0"), "checkpoints.keep_last is 0"),
         ("", ("--set", "checkpoints.snapshot_step=1"), "did you mean 'snapshot_steps'"),

@@ -1,4 +1,4 @@
-"""The supervisor: who is lost, who is only slow, who ends all, and when it gives up."""
+"""The supervisor: who is lost, who is only slow, who ends all, when it gives up; recovery is bit-equal."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.forked import Forked
 from dseek.core.errors import ConfigError, PeerError
-from dseek.train import faults
-from dseek.train.lease import Lease, LeaseState, read_lease
-from dseek.train.supervisor import Supervisor, SupervisorConfig
+from dseek.train.lease import Lease, LeaseState, allow_until, read_lease
+from dseek.train.supervisor import Progress, Restart, Supervisor, SupervisorConfig, supervise
+from tests.train import supervised_worker
 
 WORKER = """
 import os, signal, sys, time
@@ -134,6 +137,13 @@ def test_a_lease_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     lease.renew(9)
     lease.sign()
     assert read_lease(path) == LeaseState(signs=3, renewals=2, step=9)
+    allow_until(path, time.monotonic() + 60)
+    lease.renew(9)
+    assert read_lease(path) == LeaseState(signs=4, renewals=3, step=9)
+    allow_until(path, time.monotonic() - 1)
+    with pytest.raises(PeerError, match="out of touch"):
+        lease.renew(10)
+    assert read_lease(path) == LeaseState(signs=4, renewals=3, step=9)
     monkeypatch.setattr(os, "getppid", lambda: 1)
     with pytest.raises(PeerError, match="supervisor of this process has ended"):
         lease.renew(10)
@@ -141,14 +151,45 @@ def test_a_lease_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     lease.renew(11)
 
 
-@pytest.mark.parametrize("text", ["kill", "kill:1", "burn:1@2", "kill:-1@2", "slow:1@2:x"])
-def test_faults_are_read(text: str) -> None:
-    assert faults.parse("slow:1@2:0.5") == faults.Fault(kind="slow", rank=1, step=2, seconds=0.5)
-    with pytest.raises(ConfigError, match="KIND:RANK@STEP"):
-        faults.parse(text)
-
-
 def test_wrong_settings_are_refused() -> None:
     for wrong in ({"command": ()}, {"world_size": 0}, {"lease_s": 0}, {"max_restarts": -1}, {"patience": -1}):
         with pytest.raises(ConfigError):
             SupervisorConfig(**{"command": ("true",), "world_size": 1, **wrong})  # type: ignore[arg-type]
+
+
+def test_restarts_in_vain_are_counted_between_new_steps() -> None:
+    progress = Progress(2)
+    for step in (0, 0, 1, 1, 2):
+        progress.count_loss(1, "silent", step)
+    progress.count_loss(1, "silent", 2)
+    with pytest.raises(PeerError, match=r"rank 1 was lost .silent. after 2 restarts without a new step"):
+        progress.count_loss(1, "silent", 2)
+
+
+def _train(folder: Path, *given: str) -> list[Restart]:
+    """Run the worker's training under the supervisor, its ranks forks of this process, which knows PyTorch already."""
+
+    def launch(variables: Mapping[str, str]) -> Forked:
+        return Forked(lambda: supervised_worker.run(folder, 8, given), variables, folder / f"log-{variables['RANK']}")
+
+    folder.mkdir()
+    return supervise(("worker",), 2, launch=launch, lease_s=60)
+
+
+@pytest.mark.native
+def test_a_recovered_training_is_bit_equal(tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert _train(whole) == []
+    (restart,) = _train(broken, "kill:1@5")
+    assert restart.rank in (0, 1) and restart.step >= 4
+    wanted, found = (torch.load(folder / "weights.pt", weights_only=True) for folder in (whole, broken))
+    assert list(found) == list(wanted)
+    for name in wanted:
+        assert torch.equal(found[name], wanted[name]), name
+
+
+def test_a_command_is_supervised(tmp_path: Path) -> None:
+    assert supervise([sys.executable, "-c", WORKER, str(tmp_path)], 1, lease_s=60) == []
+    assert (tmp_path / "done-0").exists()
+    with pytest.raises(PeerError, match="ended with status 2"):
+        supervise([sys.executable, "-c", "raise SystemExit(2)"], 1, lease_s=60)

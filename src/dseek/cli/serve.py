@@ -11,6 +11,7 @@ from dseek.cli.options import add_request_options, add_run_options, load_from, p
 from dseek.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dseek.engine.llm import LLM
     from dseek.serve.config import ServeConfig
 
 HELP = "serve a model over HTTP: an OpenAI-compatible API and a web page"
@@ -77,6 +78,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes that share the work, behind a router; each has the weights (default: %(default)s)",
     )
     where.add_argument(
+        "--ray",
+        action="store_true",
+        help="let Ray Serve start the workers and replace them, over all nodes of a cluster (extra `ray`)",
+    )
+    where.add_argument(
+        "--ray-address",
+        metavar="ADDR",
+        help="join the Ray cluster at HOST:PORT, or auto (default: RAY_ADDRESS, else start one on this machine)",
+    )
+    where.add_argument(
         "--log-requests",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -133,21 +144,28 @@ def run(args: argparse.Namespace) -> int:
         return _hash_key()
     if args.model is None:
         raise ConfigError("no MODEL was named", needed="a model to serve, such as `dseek serve smollm2`")
-    from dseek.serve.requirements import require
+    if args.ray_address is not None and not args.ray:
+        raise ConfigError("--ray-address without --ray", remedy="add --ray to serve on a Ray cluster")
+    from dseek.serve.requirements import RAY, require
 
     require()
+    if args.ray:
+        require(RAY, purpose="dseek serve --ray", extra="ray")
     from dseek.serve import json_logs
     from dseek.serve.run import bind, serve, url_of
 
     config = config_from(args)
     bound = bind(config)
     json_logs.configure(requests=args.log_requests)
+    if args.ray:
+        from dseek.cli.serve_ray import serve_on_ray
+
+        return serve_on_ray(args, config, bound)
     if args.workers > 1:
         from dseek.cli.serve_workers import serve_workers
 
         return serve_workers(args, config, bound)
-    request = {"prompt_tokens": args.prompt_tokens, "answer_tokens": args.answer_tokens}
-    with bound, load_from(args, batch=args.batch, objective="throughput", **request) as llm:
+    with bound, load_served(args) as llm:
         from dseek.serve.app import create_app
         from dseek.serve.service import Service
 
@@ -160,6 +178,22 @@ def run(args: argparse.Namespace) -> int:
             print(f"{service.model_name} is served at {url_of(bound)}", flush=True)
 
         return serve(create_app(service), config, bound, on_drain=drain, on_ready=ready)
+
+
+def load_served(args: argparse.Namespace) -> LLM:
+    """Load the model to be served.
+
+    Args:
+        args: parsed arguments.
+
+    Returns:
+        The model, planned for throughput.
+
+    Raises:
+        DseekError: the model, the plan or an option is unusable.
+    """
+    request = {"prompt_tokens": args.prompt_tokens, "answer_tokens": args.answer_tokens}
+    return load_from(args, batch=args.batch, objective="throughput", **request)
 
 
 def config_from(args: argparse.Namespace) -> ServeConfig:

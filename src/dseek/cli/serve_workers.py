@@ -14,7 +14,20 @@ if TYPE_CHECKING:
     from dseek.serve.config import ServeConfig
 
 OWN = frozenset(
-    {"model", "workers", "host", "port", "uds", "api_key_file", "allow_host", "max_concurrent", "hash_key", "threads"}
+    {
+        "model",
+        "workers",
+        "ray",
+        "ray_address",
+        "host",
+        "port",
+        "uds",
+        "api_key_file",
+        "allow_host",
+        "max_concurrent",
+        "hash_key",
+        "threads",
+    }
 )
 """Arguments that are the router's, or are set for each replica."""
 
@@ -36,6 +49,7 @@ def serve_workers(args: argparse.Namespace, config: ServeConfig, bound: socket.s
     require(ROUTER, purpose="dseek serve --workers")
     from dseek.serve.affinity import Affinity
     from dseek.serve.doorman import Doorman
+    from dseek.serve.local_fleet import LocalFleet
     from dseek.serve.metrics import Metrics
     from dseek.serve.replicas import Replicas
     from dseek.serve.router import Router
@@ -50,9 +64,11 @@ def serve_workers(args: argparse.Namespace, config: ServeConfig, bound: socket.s
         nonlocal draining
         draining = True
 
-    affinity = Affinity()
+    affinity: Affinity[int] = Affinity()
     replicas = Replicas(args.workers, command(args), drain_s=config.drain_s, on_restart=affinity.forget)
-    app = Doorman(Router(replicas, affinity, is_draining), config, Metrics(config.model_names[0]), is_draining)
+    app = Doorman(
+        Router(LocalFleet(replicas, affinity), is_draining), config, Metrics(config.model_names[0]), is_draining
+    )
 
     def ready() -> None:
         print(f"{config.model_names[0]} is served at {url_of(bound)} by {args.workers} workers", flush=True)
@@ -69,11 +85,25 @@ def command(args: argparse.Namespace) -> list[str]:
     Returns:
         The words; every replica gets its share of the processor's threads unless `--threads` or a plan says otherwise.
     """
+    share = max(1, len(os.sched_getaffinity(0)) // args.workers)
+    return [sys.executable, "-m", "dseek.cli.main", "serve", *replica_words(args, threads=share)]
+
+
+def replica_words(args: argparse.Namespace, *, threads: int) -> list[str]:
+    """Write what `dseek serve` is to be told in a replica: all that is about the model, nothing about who may ask.
+
+    Args:
+        args: parsed arguments of `dseek serve`.
+        threads: threads of a replica where neither `--threads` nor a plan says how many.
+
+    Returns:
+        The words after `dseek serve`.
+    """
     from dseek.cli.serve import add_arguments
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    words = [sys.executable, "-m", "dseek.cli.main", "serve", args.model]
+    words = [args.model]
     for action in parser._actions:
         value = getattr(args, action.dest, None)
         if action.dest in OWN or action.dest == "help" or value == action.default or value is None:
@@ -88,5 +118,5 @@ def command(args: argparse.Namespace) -> list[str]:
     if args.threads is not None:
         words += ["--threads", str(args.threads)]
     elif args.plan is None:
-        words += ["--threads", str(max(1, len(os.sched_getaffinity(0)) // args.workers))]
+        words += ["--threads", str(threads)]
     return [*words, "--max-concurrent", "100000"]

@@ -94,6 +94,11 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.set)
     given = [faults.parse(text) for text in args.inject_fault]
+    for fault in given:
+        if fault.kind in faults.KINDS_OF_FILES:
+            raise ConfigError(
+                f"--inject-fault {fault}", needed="a fault that needs no files: kill, stop, exit, slow or cut"
+            )
     if args.nproc_per_node is not None:
         from dseek.cli.train_supervised import run_supervised
 

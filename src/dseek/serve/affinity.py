@@ -15,7 +15,10 @@ import json
 import random
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+Name = TypeVar("Name", int, str)
+"""How a replica is named."""
 
 BLOCK_CHARS = 256
 """Characters of a block, about a page of 64 tokens."""
@@ -80,7 +83,7 @@ def block_hashes(text: str) -> list[bytes]:
     return hashes
 
 
-class Affinity:
+class Affinity(Generic[Name]):
     """Remembers where beginnings were computed, and chooses.
 
     Args:
@@ -88,12 +91,12 @@ class Affinity:
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self._known: OrderedDict[bytes, int] = OrderedDict()
+        self._known: OrderedDict[bytes, Name] = OrderedDict()
         self._random = random.Random(seed)
         self.num_hits = 0
         """Requests that went where their beginning was."""
 
-    def choose(self, hashes: Sequence[bytes], loads: Mapping[int, int]) -> int:
+    def choose(self, hashes: Sequence[bytes], loads: Mapping[Name, int]) -> Name:
         """Choose a replica, and remember that it will know the prompt.
 
         Args:
@@ -111,14 +114,23 @@ class Affinity:
         else:
             pair = self._random.sample(sorted(loads), min(2, len(loads)))
             chosen = min(pair, key=lambda replica: loads[replica])
+        self.learn(hashes, chosen)
+        return chosen
+
+    def learn(self, hashes: Sequence[bytes], replica: Name) -> None:
+        """Remember that a replica will know a prompt.
+
+        Args:
+            hashes: of the prompt's beginning.
+            replica: which one.
+        """
         for digest in hashes:
-            self._known[digest] = chosen
+            self._known[digest] = replica
             self._known.move_to_end(digest)
         while len(self._known) > MAX_KNOWN:
             self._known.popitem(last=False)
-        return chosen
 
-    def forget(self, replica: int) -> None:
+    def forget(self, replica: Name) -> None:
         """Forget what a replica knew, since it was started anew.
 
         Args:
@@ -127,9 +139,9 @@ class Affinity:
         for digest in [digest for digest, owner in self._known.items() if owner == replica]:
             del self._known[digest]
 
-    def _longest(self, hashes: Sequence[bytes], allowed: Collection[int]) -> int | None:
+    def _longest(self, hashes: Sequence[bytes], allowed: Collection[Name]) -> Name | None:
         for digest in reversed(hashes):
             owner = self._known.get(digest)
-            if owner in allowed:
+            if owner is not None and owner in allowed:
                 return owner
         return None

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.responses import Response
 
 if TYPE_CHECKING:
-    from dseek.serve.replicas import Replica
+    from dseek.serve.fleet import ReplicaFigures
 
 
 class _Collected:
@@ -25,30 +25,30 @@ class _Collected:
         return self._families
 
 
-def merged_metrics(texts: Mapping[int, str], replicas: Sequence[Replica]) -> Response:
+def merged_metrics(texts: Mapping[str, str], replicas: Sequence[ReplicaFigures]) -> Response:
     """Merge.
 
     Args:
-        texts: what each replica's `/metrics` answered, by its number.
+        texts: what each replica's `/metrics` answered, by its name.
         replicas: all replicas, for the router's own gauges.
 
     Returns:
         A response in Prometheus' text format.
     """
     families: dict[str, Metric] = {}
-    for number, text in texts.items():
+    for name, text in texts.items():
         for found in text_string_to_metric_families(text):
             family = families.setdefault(found.name, Metric(found.name, found.documentation, found.type))
             for sample in found.samples:
-                labels = {**sample.labels, "replica": str(number)}
+                labels = {**sample.labels, "replica": name}
                 family.add_sample(sample.name, labels, sample.value)
     busy = GaugeMetricFamily("dseek_router_busy", "Requests that a replica has in work.", labels=("replica",))
     up = GaugeMetricFamily("dseek_router_replica_ready", "1 while a replica takes requests.", labels=("replica",))
     starts = CounterMetricFamily("dseek_router_replica_starts", "Starts of a replica.", labels=("replica",))
     for replica in replicas:
-        label = (str(replica.number),)
-        busy.add_metric(label, replica.num_busy)
-        up.add_metric(label, int(replica.is_ready))
-        starts.add_metric(label, replica.num_starts)
+        label = (replica.name,)
+        busy.add_metric(label, replica.busy)
+        up.add_metric(label, int(replica.ready))
+        starts.add_metric(label, replica.starts)
     written = generate_latest(_Collected([*families.values(), busy, up, starts]))
     return Response(written, media_type=CONTENT_TYPE_LATEST)

@@ -16,16 +16,20 @@ SERVER = ("fastapi", "uvicorn", "pydantic", "prometheus_client")
 ROUTER = ("httpx", "uvicorn", "prometheus_client")
 """What the router over several replicas needs."""
 
+RAY = ("ray", "watchfiles", "opencensus")
+"""What replicas on Ray need: Ray, and what only its extra `serve` brings."""
+
 GRAMMAR = ("llguidance",)
 """What answers bound to a grammar need."""
 
 
-def require(modules: Sequence[str] = SERVER, *, purpose: str = "dseek serve") -> None:
-    """Refuse to go on where a part of the extra is missing.
+def require(modules: Sequence[str] = SERVER, *, purpose: str = "dseek serve", extra: str = "serve") -> None:
+    """Refuse to go on where a part of an extra is missing.
 
     Args:
         modules: names to look for; none is imported.
         purpose: what needs them, for the message.
+        extra: the extra that brings them.
 
     Raises:
         ConfigError: one is not installed; names the pip command.
@@ -34,6 +38,6 @@ def require(modules: Sequence[str] = SERVER, *, purpose: str = "dseek serve") ->
     if missing:
         raise ConfigError(
             f"{purpose} needs {', '.join(missing)}, which this Python does not have",
-            needed="the extra `serve`",
-            remedy="pip install 'dseek[serve]'",
+            needed=f"the extra `{extra}`",
+            remedy=f"pip install 'dseek[{extra}]'",
         )

@@ -113,6 +113,7 @@ def serve(
     settings = uvicorn.Config(
         app,
         http=_protocol(config.header_timeout_s),
+        loop="asyncio",  # whatever else another package has brought
         ws="none",
         lifespan="on",
         log_config=None,

@@ -11,31 +11,24 @@ processes are children of this one, on this host.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import signal
-import socket
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from dseek.core import events
 from dseek.core.errors import ConfigError, PeerError
 from dseek.core.logs import get_logger
-from dseek.train.lease import LeaseState, read_lease
+from dseek.train.local_ranks import POLL_S, Launch, LocalRanks, free_port, launch_command
 
 STOPPED = 130
 """Exit status of a process that was asked to stop and did so in order."""
 USER_ERROR = 2
 """Exit status of a process that a restart would not help: a user's error."""
-_POLL_S = 0.02
-_SHOWN_LINES = 15
-"""Last lines of a lost rank's output that are logged."""
 _log = get_logger(__name__)
 
 
@@ -89,25 +82,59 @@ class Restart:
     """From noticing to the first renewal of every rank."""
 
 
-@dataclass(slots=True)
-class _Rank:
-    process: subprocess.Popen[bytes]
-    lease: Path
-    output: Path | None
-    state: LeaseState = field(default_factory=LeaseState)
-    seen_s: float = field(default_factory=time.monotonic)
+class Progress:
+    """Counts restarts without a new step, and says when there are too many."""
+
+    def __init__(self, max_restarts: int) -> None:
+        """Begin to count.
+
+        Args:
+            max_restarts: so many are allowed.
+        """
+        self._max_restarts = max_restarts
+        self._furthest, self._num_in_vain = -1, 0
+
+    def count_loss(self, rank: int, reason: str, step: int) -> None:
+        """Count the restart that a loss leads to.
+
+        Args:
+            rank: who was lost.
+            reason: how.
+            step: the furthest that any rank had reached.
+
+        Raises:
+            PeerError: it would be one too many.
+        """
+        if step > self._furthest:
+            self._furthest, self._num_in_vain = step, 0 if self._furthest >= 0 else self._num_in_vain
+        if self._num_in_vain >= self._max_restarts:
+            raise PeerError(
+                f"rank {rank} was lost ({reason}) after {self._num_in_vain} restarts without a new step",
+                remedy="look at its output, then start the training again: it goes on from the newest checkpoint",
+            )
+        self._num_in_vain += 1
 
 
 class Supervisor:
     """Runs one training to its end."""
 
-    def __init__(self, config: SupervisorConfig) -> None:
-        """Prepare to run `config`; nothing is started yet."""
+    def __init__(self, config: SupervisorConfig, *, launch: Launch | None = None) -> None:
+        """Prepare to run a training; nothing is started yet.
+
+        Args:
+            config: what is run.
+            launch: starts a rank otherwise than by `config.command`, which is then only its name.
+        """
         self.config = config
         self.restarts: list[Restart] = []
         self._run_id = secrets.token_hex(4)
-        self._ranks: list[_Rank] = []
-        self._longest_s = 0.0
+        self._ranks = LocalRanks(
+            launch or launch_command(config.command, only_first_speaks=config.only_first_speaks),
+            lease_s=config.lease_s,
+            start_s=config.start_s,
+            grace_s=config.grace_s,
+            patience=config.patience,
+        )
         self._stops_wanted = 0
         self._stops_sent = 0
 
@@ -124,36 +151,28 @@ class Supervisor:
             try:
                 return self._run(Path(folder))
             finally:
-                self._end(grace_s=0.0 if self._stops_wanted else self.config.grace_s)
+                self._ranks.stop(0.0 if self._stops_wanted else None)
 
     def stop(self) -> None:
         """Ask all processes to stop in order, by SIGINT; the second time, end them at once. For signal handlers."""
         self._stops_wanted += 1
 
     def renewed(self) -> bool:
-        """Tell whether every rank of this start has taken a step."""
-        return bool(self._ranks) and all(one.state.renewals for one in self._ranks)
+        """Tell whether every rank of this start has taken a step, or ended."""
+        return self._ranks.have_renewed
 
     def _run(self, folder: Path) -> int:
-        furthest, num_in_vain = -1, 0
+        progress = Progress(self.config.max_restarts)
         self._start(folder, 0)
         while not isinstance(loss := self._watch(), int):
             noticed_s = time.monotonic()
             rank, reason = loss
-            step = max(one.state.step for one in self._ranks)
-            if step > furthest >= 0:
-                num_in_vain = 0
-            furthest = max(furthest, step)
-            _log.warning("rank %d is lost at step %d: %s%s", rank, step, reason, self._last_words(rank))
+            step = self._ranks.step
+            _log.warning("rank %d is lost at step %d: %s%s", rank, step, reason, self._ranks.last_words(rank))
             if self._stops_wanted:
                 return STOPPED
-            if num_in_vain >= self.config.max_restarts:
-                raise PeerError(
-                    f"rank {rank} was lost ({reason}) after {num_in_vain} restarts without a new step",
-                    remedy="look at its output, then start the training again: it goes on from the newest checkpoint",
-                )
-            num_in_vain += 1
-            self._end(grace_s=self.config.grace_s)
+            progress.count_loss(rank, reason, step)
+            self._ranks.stop()
             stop_s = time.monotonic() - noticed_s
             self._start(folder, len(self.restarts) + 1)
             self._await_first_renewals()
@@ -165,122 +184,89 @@ class Supervisor:
         return loss
 
     def _start(self, folder: Path, start: int) -> None:
-        port = _free_port()
-        self._ranks = []
-        for rank in range(self.config.world_size):
-            lease = folder / f"lease-{start}-{rank}"
-            lease.write_bytes(b"")
-            environment = {
-                **os.environ,
-                **self.config.environment,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(self.config.world_size),
-                "LOCAL_WORLD_SIZE": str(self.config.world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "TORCHELASTIC_RUN_ID": self._run_id,
-                "TORCHELASTIC_RESTART_COUNT": str(start),
-                "DSEEK_LEASE": str(lease),
-            }
-            output = folder / f"output-{start}-{rank}" if rank and self.config.only_first_speaks else None
-            # A session of its own: Ctrl-C reaches the supervisor alone, and signals reach what a rank has started.
-            with contextlib.ExitStack() as opened:
-                file = None if output is None else opened.enter_context(output.open("wb"))
-                process = subprocess.Popen(
-                    self.config.command, env=environment, start_new_session=True, stdout=file, stderr=file
-                )
-            self._ranks.append(_Rank(process=process, lease=lease, output=output))
+        port = free_port()
+        size = self.config.world_size
+        self._ranks.start(
+            folder,
+            [
+                {
+                    **self.config.environment,
+                    **variables_of(rank, size, rank, size, "127.0.0.1", port, run=self._run_id, start=start),
+                }
+                for rank in range(size)
+            ],
+        )
 
     def _watch(self) -> tuple[int, str] | int:
         """Wait until a rank is lost (who and why), or all have ended (with what status)."""
         while True:
             if self._stops_sent < self._stops_wanted:
                 self._stops_sent += 1
-                for one in self._ranks:
-                    _signal(one.process, signal.SIGINT if self._stops_sent == 1 else signal.SIGKILL)
+                self._ranks.signal(signal.SIGINT if self._stops_sent == 1 else signal.SIGKILL)
             found = self._look()
             if found is not None:
                 return found
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
 
     def _await_first_renewals(self) -> None:
-        """Wait until every rank has renewed once, or one has ended or is lost, which `_watch` will find."""
-        while (
-            not self._stops_wanted
-            and not self.renewed()
-            and self._look() is None
-            and any(one.process.returncode is None for one in self._ranks)
-        ):
-            time.sleep(_POLL_S)
+        """Wait until every rank has renewed once or ended, or one is lost, which `_watch` will find."""
+        while not self._stops_wanted and self._look() is None and not self._ranks.have_renewed:
+            time.sleep(POLL_S)
 
     def _look(self) -> tuple[int, str] | int | None:
-        """Look at every rank once; who died explains more than who is silent because of that."""
-        silent, now_s = None, time.monotonic()
-        for rank, one in enumerate(self._ranks):
-            state = read_lease(one.lease)
-            if state.signs != one.state.signs:
-                if one.state.renewals:
-                    self._longest_s = max(self._longest_s, now_s - one.seen_s)
-                one.state, one.seen_s = state, now_s
-            limit_s = max(self.config.lease_s, self.config.patience * self._longest_s)
-            limit_s = limit_s if one.state.renewals else max(limit_s, self.config.start_s)
-            if one.process.poll() is None and now_s - one.seen_s > limit_s and silent is None:
-                silent = rank, f"silent for {limit_s:g} s"
-        ended = self._ended()
-        return silent if ended is None else ended
-
-    def _ended(self) -> tuple[int, str] | int | None:
-        """What the ranks that have ended say: one is lost, or the whole is over, or nothing yet."""
-        statuses: list[Any] = [one.process.returncode for one in self._ranks]
+        """Look at every rank once: one is lost, or the whole is over, or nothing yet."""
+        loss = self._ranks.look(orderly=(0, STOPPED, USER_ERROR))
+        statuses = self._ranks.statuses
+        ended = [status for status in statuses.values() if status is not None]
+        is_over = len(ended) == len(statuses)
         if self._stops_wanted:
-            return None if None in statuses else (STOPPED if any(statuses) else 0)
-        if USER_ERROR in statuses:
-            self._await_words()
-            rank = statuses.index(USER_ERROR)
-            if self._ranks[0].process.returncode != USER_ERROR:  # which would have told it already
-                _log.error("rank %d: %s", rank, self._last_words(rank) or f"ended with status {USER_ERROR}")
+            # Whoever dies now was asked to; only who is silent would be waited for in vain.
+            if is_over:
+                return STOPPED if any(ended) else 0
+            return loss if loss is not None and statuses[loss[0]] is None else None
+        if USER_ERROR in ended:
+            self._tell_users_error(statuses)
             return USER_ERROR
-        lost = [(status >= 0, rank, status) for rank, status in enumerate(statuses) if status not in (None, 0, STOPPED)]
-        if lost:  # who was killed first of all: peers may have ended with a status because of that
-            _, rank, status = min(lost)
-            return rank, f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        return None if None in statuses else max(statuses)
+        if loss is None and is_over:
+            return max(ended)
+        return loss
 
-    def _await_words(self) -> None:
-        """Give rank 0 a moment to meet the error that another rank has met, and to tell it."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._ranks[0].process.wait(self.config.grace_s or 1.0)
-
-    def _last_words(self, rank: int) -> str:
-        """The end of what a rank wrote where nobody saw it."""
-        output = self._ranks[rank].output
-        if output is None:
-            return ""
-        lines = output.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
-        return "".join(f"\n  [rank {rank}] {line}" for line in lines)
-
-    def _end(self, *, grace_s: float) -> None:
-        """End all processes, those that are stopped too, and whatever they have started."""
-        deadline = time.monotonic() + grace_s
-        for one in self._ranks if grace_s else ():
-            _signal(one.process, signal.SIGTERM)
-        for one in self._ranks:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                one.process.wait(max(deadline - time.monotonic(), 0))
-            _signal(one.process, signal.SIGKILL)
-            one.process.wait()
+    def _tell_users_error(self, statuses: Mapping[int, int | None]) -> None:
+        """Let rank 0 tell the error that another rank has met, which it meets a moment later; else tell it."""
+        self._ranks.await_end(0, self.config.grace_s or 1.0)
+        if self._ranks.statuses[0] != USER_ERROR:
+            rank = next(rank for rank, status in statuses.items() if status == USER_ERROR)
+            _log.error("rank %d: %s", rank, self._ranks.last_words(rank) or f"ended with status {USER_ERROR}")
 
 
-def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
+def variables_of(
+    rank: int, world_size: int, local_rank: int, local_size: int, address: str, port: int, *, run: str, start: int
+) -> dict[str, str]:
+    """Name a rank to itself, as torchrun does.
 
+    Args:
+        rank: among all.
+        world_size: all of them.
+        local_rank: among those of its host.
+        local_size: those.
+        address: of rank 0's host.
+        port: there.
+        run: of this training.
+        start: how often it was restarted.
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    Returns:
+        Variables of its environment.
+    """
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(local_size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": run,
+        "TORCHELASTIC_RESTART_COUNT": str(start),
+    }
 
 
 def run_id() -> str:
@@ -295,22 +281,25 @@ def restart_count() -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def supervise(command: Sequence[str], world_size: int, **options: float | int) -> list[Restart]:
+def supervise(
+    command: Sequence[str], world_size: int, *, launch: Launch | None = None, **options: float | int
+) -> list[Restart]:
     """Run a training of several processes on this host until it ends, restarting it where one is lost.
 
     Args:
         command: program and arguments of every rank.
         world_size: processes.
+        launch: starts a rank otherwise than by `command`, which is then only its name.
         options: other fields of `SupervisorConfig`.
 
     Returns:
         The recoveries there were.
 
     Raises:
-        PeerError: it cannot be kept alive.
+        PeerError: it cannot be kept alive, or a rank was stopped or met a user's error.
     """
     config = SupervisorConfig(command=tuple(command), world_size=world_size, **options)  # type: ignore[arg-type]
-    supervisor = Supervisor(config)
+    supervisor = Supervisor(config, launch=launch)
     status = supervisor.run()
     if status:
         raise PeerError(f"a rank of {' '.join(command)} ended with status {status}", remedy="look at its output")

@@ -12,7 +12,6 @@ import torch
 
 GROUP = 32
 _LARGEST_RUN = 64  # registers of sixteen values, as in ops/csrc/common/rotation.h
-_MIX_LANES_BELOW = 16
 
 
 def hadamard(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -34,8 +33,8 @@ def hadamard(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def rotate(x_MK: torch.Tensor) -> torch.Tensor:
     """Apply the block-diagonal Hadamard rotation of the i8c format to each row.
 
-    The row, padded to a multiple of 16, is cut into runs of 2^p registers of sixteen values; each run is multiplied by
-    a Hadamard matrix across its registers, and runs under sixteen registers also across their lanes.
+    The row, padded to a multiple of 16, is cut into runs of 2^p registers of sixteen values, the longest first; each
+    run is multiplied by the Hadamard matrix of its size.
 
     Args:
         x_MK: [M, K].
@@ -48,9 +47,7 @@ def rotate(x_MK: torch.Tensor) -> torch.Tensor:
     while left:
         run = min(1 << (left.bit_length() - 1), _LARGEST_RUN)
         block = x[:, start : start + run * 16].reshape(-1, run, 16)
-        block = torch.einsum("rs,msl->mrl", hadamard(run, x.dtype), block)
-        if run < _MIX_LANES_BELOW:
-            block = block @ hadamard(16, x.dtype)
+        block = torch.einsum("rs,msl->mrl", hadamard(run, x.dtype), block) @ hadamard(16, x.dtype)
         parts.append(block.reshape(-1, run * 16))
         start += run * 16
         left -= run

@@ -67,6 +67,12 @@ def host_id() -> str:
     return " ".join([*parts, str(os.getuid())])
 
 
+def _network(host: str) -> tuple[str, ...]:
+    """What of a `host_id` is equal where 127.0.0.1 leads from one process to the other: boot and network namespace."""
+    parts = host.split()
+    return (parts[0], *(part for part in parts if part.startswith("net:")))
+
+
 def meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> Transport:
     """Meet the other ranks and agree on a transport with them. All ranks of a group call this.
 
@@ -109,7 +115,7 @@ def meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> Transp
             shared = _share(store, rank, everyone, token, deadline)
             if shared is not None:
                 return shared
-        is_local = len({presence.host.split()[0] for presence in everyone}) == 1
+        is_local = len({_network(presence.host) for presence in everyone}) == 1
         peers = [("127.0.0.1" if is_local else presence.address, presence.port) for presence in everyone]
         return TcpTransport(listener, rank, peers, token, deadline)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dseek.core import events
-from dseek.core.errors import ConfigError, DseekError
+from dseek.core.errors import ConfigError, DseekError, FileFormatError
 from dseek.core.logs import get_logger
 from dseek.train.checkpoints import collecting, reading
 from dseek.train.checkpoints.chunks import MAX_CHUNK_BYTES, ChunkStore, digest_of, saves_enough
@@ -234,7 +234,11 @@ class CheckpointWriter:
                 parts=tuple(parts),
             )
             self._files.write(target / MANIFEST, manifest.to_bytes())
-            collecting.retire(folder, self._files, self.config.keep_last, self.config.keep_every, self.run)
+            try:
+                collecting.retire(folder, self._files, self.config.keep_last, self.config.keep_every, self.run)
+            except (FileFormatError, OSError) as error:
+                # This checkpoint is complete; what an older, damaged one names stays until that one has gone.
+                _log.warning("nothing was deleted from %s: %s", folder, error)
         return new_bytes
 
     def _put(self, store: ChunkStore, leaf: Any, content: memoryview) -> tuple[SavedTensor, int]:

@@ -3,9 +3,9 @@
 // A few inputs of a transformer are tens of times larger than the rest, and one int8 scale a row then leaves little
 // resolution for the others. Rotating inputs and weights by the same orthogonal matrix leaves every product as it was
 // and spreads the outliers (Ashkboos et al. 2024, QuaRot, section 4). The matrix is block diagonal, chosen so that its
-// transform is additions between registers: the row is cut into runs of 2^p registers of sixteen values, the longest
-// first, and each run is multiplied by the Hadamard matrix of size 2^p across its registers; runs shorter than sixteen
-// registers are mixed across their lanes as well.
+// transform is mostly additions between registers: the row is cut into runs of 2^p registers of sixteen values, the
+// longest first, and each run is multiplied by the Hadamard matrix of size 2^p across its registers and by that of size
+// 16 across their lanes, which together are the Hadamard matrix of the whole run.
 #pragma once
 
 #include <cmath>
@@ -16,7 +16,6 @@ namespace dseek {
 namespace DSEEK_VARIANT {
 
 constexpr int kRotationRegisters = 64;
-constexpr int kLaneMixBelow = 16;
 
 // Butterflies between the registers of one run, from `source` to x; unnormalised. Two stages at a time halve the passes
 // over memory.
@@ -79,13 +78,8 @@ inline void rotate(const float* source, float* x, int size) {
         while (run * 2 <= left && run * 2 <= kRotationRegisters) run *= 2;
         float* start = x + done;
         hadamard_registers(source + done, start, run);
-        const bool mix = run < kLaneMixBelow;
-        const float norm = 1.f / std::sqrt(static_cast<float>(mix ? run * 16 : run));
-        for (int i = 0; i < run; ++i) {
-            f32x16 value = load(start + i * 16);
-            if (mix) value = hadamard_lanes(value);
-            store(start + i * 16, value * norm);
-        }
+        const float norm = 1.f / std::sqrt(static_cast<float>(run * 16));
+        for (int i = 0; i < run; ++i) store(start + i * 16, hadamard_lanes(load(start + i * 16)) * norm);
         done += run * 16;
     }
 }
