@@ -10,7 +10,7 @@ CPP_FILES = $(shell find src/dseek/ops/csrc -name '*.cpp' -o -name '*.h' -o -nam
 # The kernels are built by whatever cmake and ninja the environment holds; PATH goes first so that both are found.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help venv dev native run test browser rows sanitized sanitize lint format flags bench clean
+.PHONY: help venv dev native run test browser cluster rows sanitized sanitize lint format flags bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -57,6 +57,9 @@ browser: dev ## the web page in Chromium (installed by apt where it is missing a
 	command -v chromium >/dev/null || { [ "$$(id -u)" -eq 0 ] && apt-get update -qq && \
 	    apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
 	$(BIN)/python -m pytest -m browser tests/serve
+
+cluster: dev ## what starts a Ray cluster, or nodes of a training in namespaces of their own (minutes; root)
+	$(BIN)/python -m pytest -m cluster tests/serve tests/train
 
 rows: dev ## run benchmark rows on their smallest sizes, to see that they work (minutes)
 	$(BIN)/python -m pytest -m rows tests/benchmarks

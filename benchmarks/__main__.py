@@ -106,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
 def _table(options: argparse.Namespace) -> int:
     machine = describe(options.threads)
     records = result.kept(machine)
-    print(table.markdown(records, machine))
+    print(table.markdown(records))
     if options.write:
         for path in table.write(records, machine):
             print(f"benchmarks: wrote {path}", file=sys.stderr)
@@ -126,7 +126,7 @@ def _quick(options: argparse.Namespace) -> int:
     else:
         kept = result.kept(machine)
         table.write(kept, machine)
-        print(table.markdown(kept, machine))
+        print(table.markdown(kept))
     return 0 if all(record["correct"] for record in records) else 1
 
 

@@ -24,40 +24,46 @@ LEGEND = (
 """What the columns mean."""
 
 
-def markdown(records: dict[str, dict[str, Any]], machine: dict[str, Any]) -> str:
-    """Write the table of the newest results.
+def markdown(records: dict[str, dict[str, Any]]) -> str:
+    """Write a table of results.
 
     Args:
-        records: kept results by the row's name.
-        machine: the machine they belong to.
+        records: a result by the row's name; they may be of several machines.
 
     Returns:
-        Markdown: a line about the machine, the table, and what its columns mean.
+        Markdown: a line about each machine, the table, and what its columns mean.
     """
+    ordered = [records[name] for name in ROWS if name in records]
+    machines: dict[str, str] = {}
+    """A letter by what is said of the machine, in the order of the rows."""
+    for record in ordered:
+        machines.setdefault(sentence(record["machine"]), chr(ord("A") + len(machines)))
     lines = [
-        f"Measured on {sentence(machine)}. Every row is a command: `python -m benchmarks run NAME`.",
+        "Every row is a command, `python -m benchmarks run NAME`; the newest result of each is shown. Measured on:",
         "",
-        "| row | what | measured | beside | ratio | asked | share of the limit | reached | day |",
+        *(f"- {letter}: {text}" for text, letter in machines.items()),
+        "",
+        "| row | what | measured | beside | ratio | asked | share of the limit | reached | machine, day |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, row in ROWS.items():
-        record = records.get(name)
-        if record is None:
-            continue
-        day = record["measured_at"][:10]
+    for record in ordered:
+        name, row = record["name"], ROWS[record["name"]]
+        where = f"{machines[sentence(record['machine'])]}, {record['measured_at'][:10]}"
         if not record["correct"]:
-            lines.append(f"| `{name}` | {row.claim} | not reported: its check is red | | | {row.bar} | | no | {day} |")
+            lines.append(
+                f"| `{name}` | {row.claim} | not reported: its check is red | | | {row.bar} | | no | {where} |"
+            )
             continue
         met = "yes" if row.is_met(record["ratio"], record["limit_share"]) else "no"
         lines.append(
             f"| `{name}` | {row.claim} | {_figure(record)} | {record['peer'] or 'the bar'} | {_ratio(record['ratio'])} "
-            f"| {row.bar} | {_share(record['limit_share'])} | {met} | {day} |"
+            f"| {row.bar} | {_share(record['limit_share'])} | {met} | {where} |"
         )
     return "\n".join([*lines, "", LEGEND])
 
 
 def write(records: dict[str, dict[str, Any]], machine: dict[str, Any]) -> list[Path]:
-    """Write the dated results and the README's table.
+    """Write the dated results of a machine, and the README's table of the newest results of all machines.
 
     Args:
         records: kept results by the row's name.
@@ -77,8 +83,19 @@ def write(records: dict[str, dict[str, Any]], machine: dict[str, Any]) -> list[P
     ordered = [records[name] for name in ROWS if name in records]
     path.write_text(json.dumps({"date": day, "machine": machine, "results": ordered}, indent=1) + "\n")
     readme = REPOSITORY / "README.md"
-    readme.write_text(inserted(readme.read_text(), markdown(records, machine)))
+    readme.write_text(inserted(readme.read_text(), markdown(newest())))
     return [path, readme]
+
+
+def newest() -> dict[str, dict[str, Any]]:
+    """The newest result of each row in the dated files, whatever the machine."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(RESULTS_DIR.glob("*.json")):
+        for record in json.loads(path.read_text())["results"]:
+            before = found.get(record["name"])
+            if before is None or before["measured_at"] <= record["measured_at"]:
+                found[record["name"]] = record
+    return found
 
 
 def inserted(document: str, table: str) -> str:

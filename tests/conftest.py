@@ -18,8 +18,8 @@ import pytest
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
-ONLY_WHERE_NAMED = ("rows", "sanitizer", "browser")
-"""Markers of tests that need minutes, a build of their own, or a browser."""
+ONLY_WHERE_NAMED = ("rows", "sanitizer", "browser", "cluster")
+"""Markers of tests that need minutes, a build of their own, a browser, or several nodes."""
 
 
 def _nothing_may_be_missing(report: Report) -> Report:

@@ -110,6 +110,26 @@ def test_table_is_written_to_results_and_readme(monkeypatch: pytest.MonkeyPatch,
     assert [record["name"] for record in stored["results"]] == ["prefill-512", "load"]
 
 
+@pytest.mark.usefixtures("measured")
+def test_the_readme_shows_the_newest_result_of_any_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"{table.START}\n{table.END}\n")
+    monkeypatch.setattr(table, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(table, "RESULTS_DIR", tmp_path / "results")
+    command.main(["run", "prefill-512"])
+    assert command.main(["table", "--write"]) == 0
+    (path,) = (tmp_path / "results").iterdir()
+    own = json.loads(path.read_text())["results"][0]
+    other = {**MACHINE, "cpu": "Elder"}
+    older = {**own, "machine": other, "ratio": 9.0, "measured_at": "2001-01-01T00:00:00+00:00"}
+    elsewhere = [older, {**older, "name": "prefill-512-1b", "ratio": 7.0}]
+    (tmp_path / "results" / "2001-01-01-elder.json").write_text(json.dumps({"results": elsewhere}))
+    assert command.main(["table", "--write"]) == 0
+    readme = (tmp_path / "README.md").read_text()
+    assert re.search(r"- A: .*9000", readme) and re.search(r"- B: Elder", readme)
+    assert re.search(r"`prefill-512`.* 1\.50x .*\| A, 2", readme) and "9.00x" not in readme
+    assert re.search(r"`prefill-512-1b`.* 7\.00x .*\| B, 2001-01-01", readme)
+
+
 def test_table_needs_its_place() -> None:
     with pytest.raises(BenchmarkError, match="lacks the lines"):
         table.inserted("nothing here", "table")

@@ -19,7 +19,7 @@ from dseek.engine.llm import load
 from dseek.serve.on_ray import environment
 from tests.serve.process import running, save_model
 
-pytestmark = [pytest.mark.native, pytest.mark.slow]
+pytestmark = [pytest.mark.native, pytest.mark.cluster]
 
 PROMPT = "the quick brown fox"
 

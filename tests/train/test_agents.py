@@ -189,7 +189,7 @@ def test_wrong_settings_are_refused() -> None:
         run_agent(["true"], "127.0.0.1:1", connect_s=0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.native
 def test_a_node_that_is_cut_off_is_replaced_and_the_weights_are_bit_equal(tmp_path: Path) -> None:
     """Three hosts: rank 1's loses its link in step 6 for ever, and the spare goes on from the shared folder."""

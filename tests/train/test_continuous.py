@@ -12,7 +12,7 @@ from dseek.core.errors import ConfigError
 from dseek.train.continuous import ReplicaConfig, lighthouse
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_the_survivor_goes_on_and_the_lost_group_heals(tmp_path: Path) -> None:
     pytest.importorskip("torchft")
     # That the weights of both groups are equal at the end, and that the survivor made steps alone, is held in there.

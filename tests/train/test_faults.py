@@ -187,7 +187,7 @@ def test_an_interface_that_is_not_there_cannot_be_cut(monkeypatch: pytest.Monkey
         faults.happen(parse("cut:0@0:dsk-none"))
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_cut_link_is_mended_after_its_time() -> None:
     if reason := namespaces.why_not():
         pytest.skip(reason)
