@@ -11,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from benchmarks.forked import Forked
 from dseek.core.errors import ConfigError, PeerError
+from dseek.train import processes
+from dseek.train.config import DataConfig, TrainConfig
 from dseek.train.lease import Lease, LeaseState, allow_until, read_lease
-from dseek.train.supervisor import Progress, Restart, Supervisor, SupervisorConfig, supervise
+from dseek.train.supervisor import Progress, Restart, Supervisor, SupervisorConfig, supervise, variables_of
 from tests.train import supervised_worker
 
 WORKER = """
@@ -193,3 +196,22 @@ def test_a_command_is_supervised(tmp_path: Path) -> None:
     assert (tmp_path / "done-0").exists()
     with pytest.raises(PeerError, match="ended with status 2"):
         supervise([sys.executable, "-c", "raise SystemExit(2)"], 1, lease_s=60)
+
+
+def test_ranks_meet_again_over_a_store_that_torchrun_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second start must not look for the ranks of the first one, whose addresses are still in the store."""
+    monkeypatch.setattr(processes, "TIMEOUT_S", 60.0)
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    config = TrainConfig(model="m", output_dir="o", device="cpu", data=DataConfig(train=("t",)))
+
+    def meet() -> None:
+        assert processes.Processes(config).sum(1.0) == [2.0]
+
+    for start in range(2):
+        ranks = []
+        for rank in range(2):
+            variables = variables_of(rank, 2, rank, 2, "127.0.0.1", store.port, run="none", start=start)
+            variables["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+            ranks.append(Forked(meet, variables, tmp_path / "log"))
+            time.sleep(0.5)  # so that rank 0 looks before rank 1 has written its address anew
+        assert [one.wait() for one in ranks] == [0, 0], (tmp_path / "log").read_text()

@@ -15,11 +15,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from dseek.core.errors import ConfigError, PeerError
 from dseek.parallel.meeting import LAUNCHER_VARIABLES
 from dseek.train.config import TrainConfig
 from dseek.train.lease import Lease
+from dseek.train.supervisor import restart_count
 
 _OF_PEERS = re.compile(r"gloo|nccl|connection (closed|reset)|rank \d+ ", re.IGNORECASE)
 """What a message of PyTorch's process groups has that is about a peer."""
@@ -138,8 +141,15 @@ def _meet(config: TrainConfig, device: torch.device) -> None:
             importlib.import_module("dseek.parallel.transport")
         except ImportError:
             raise ConfigError('ddp_backend is "dseek", which this installation lacks', needed="gloo or nccl") from None
+    timeout = timedelta(seconds=TIMEOUT_S)
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps this store over its restarts. In there are the addresses of ranks that have ended, and
+            # who looks for those waits in vain; so each start has names of its own.
+            store = PrefixStore(f"start-{restart_count()}", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     except ValueError as error:
         raise ConfigError(f"the ranks' environment variables are wrong ({error})") from error
     except RuntimeError as error:
