@@ -135,6 +135,10 @@ class FakeTokenizer:
         return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
 
 
+SMALL_SHAPE = SimpleNamespace(num_layers=1, num_heads=1, head_dim=4, num_block_parameters=lambda: 64)
+"""What an engine asks of the shape in a stand-in for a plan."""
+
+
 def make_files(**changes: Any) -> Any:
     """A stand-in for an opened model."""
     shape = SimpleNamespace(vocab_size=VOCAB_SIZE, eos_token_ids=(), max_position_embeddings=4096)
@@ -161,7 +165,7 @@ def make_plan(runner: FakeRunner, **changes: Any) -> Any:
         "cache_dtype": "fp32",
         "machine_id": "none",
         "attention_patterns": (DENSE,),
-        "shape": SimpleNamespace(num_layers=1, num_heads=1, head_dim=4, num_block_parameters=lambda: 64),
+        "shape": SMALL_SHAPE,
         # Rows of prompts cost nothing, so that they are cut by the plan's chunk alone.
         "predicted": SimpleNamespace(decode_tokens_s=1.0, prefill_tokens_s=1e12),
     }

@@ -16,6 +16,7 @@ from dseek.engine.llm import LLM
 from dseek.engine.request import SamplingParams
 from dseek.engine.torch_runner import TorchRunner
 from dseek.models.files import ModelFiles, open_model
+from tests.engine.fakes import SMALL_SHAPE
 from tests.models import tiny
 
 CASES = ("llama", "mistral-window", "qwen2-window", "qwen3-128-tied", "llama-yarn")
@@ -40,6 +41,7 @@ def make_plan(**changes: Any) -> Any:
         "prefill_chunk_tokens": 64,
         "attention_patterns": (DENSE,),
         "activation_limits": (),
+        "shape": SMALL_SHAPE,
         "predicted": SimpleNamespace(decode_tokens_s=100.0, prefill_tokens_s=1000.0),
     }
     return SimpleNamespace(**(fields | changes))
