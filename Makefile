@@ -48,10 +48,10 @@ run: venv ## bring the embedded model, measure this machine, print the plan, ans
 	$(BIN)/dseek plan smollm2
 	$(BIN)/dseek generate smollm2 "$(PROMPT)"
 
-test: dev ## the tests, two files at a time; then those that watch terminals, clocks and installations, alone
+test: dev ## the tests, two files at a time; then those that watch terminals and clocks, alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
-	    --ignore tests/cli --ignore tests/hardware --ignore tests/contracts
-	$(BIN)/python -m pytest tests/cli tests/hardware tests/contracts
+	    --ignore tests/cli --ignore tests/hardware
+	$(BIN)/python -m pytest tests/cli tests/hardware
 
 browser: dev ## the web page in Chromium (installed by apt where it is missing and this is root)
 	command -v chromium >/dev/null || { [ "$$(id -u)" -eq 0 ] && apt-get update -qq && \
