@@ -94,8 +94,7 @@ class Selection:
         """
         num_blocks, num_groups = mass_RHB.shape[-1], len(self._least_G)
         own_R1 = (rows_R // BLOCK_TOKENS)[:, None]
-        block_B = torch.arange(num_blocks)
-        before_RB = block_B < own_R1
+        before_RB = torch.arange(num_blocks) < own_R1
         share_RHB = mass_RHB
         if way == "gate":
             scores_RHB = self._gate(queries[0], queries[1], own_R1[:, 0], keys[0], keys[1], 0)
@@ -105,8 +104,20 @@ class Selection:
         share_GRB = share_RHB.unflatten(1, (num_groups, -1)).amax(2).transpose(0, 1)
         opened_GRB = (share_GRB >= self._least_G[:, None, None]) & before_RB
         opened_GRB = opened_GRB.unflatten(1, (-1, STRIP_ROWS)).cummax(2).values.flatten(1, 2)
-        near_RB = (block_B >= own_R1 - self._near_blocks) | (block_B == 0)
-        return (opened_GRB | near_RB) & (block_B <= own_R1)
+        return opened_GRB | self.near(rows_R, num_blocks)
+
+    def near(self, rows_R: torch.Tensor, num_blocks: int) -> torch.Tensor:
+        """Say which blocks rows attend to whatever is chosen: their own, the window's and the first.
+
+        Args:
+            rows_R: positions.
+            num_blocks: B.
+
+        Returns:
+            bool [R, B].
+        """
+        own_R1, block_B = (rows_R // BLOCK_TOKENS)[:, None], torch.arange(num_blocks)
+        return ((block_B >= own_R1 - self._near_blocks) | (block_B == 0)) & (block_B <= own_R1)
 
 
 @torch.inference_mode()
@@ -189,8 +200,7 @@ def _attend(
                 weights_GPRS *= keep_GRB.repeat_interleave(BLOCK_TOKENS, -1)[:, None]
                 weights_GPRS /= weights_GPRS.sum(-1, keepdim=True)
         if applied is None and counted_R.any():
-            own_R1 = (rows_R // BLOCK_TOKENS)[:, None]
-            near_RB = (torch.arange(num_blocks) >= own_R1 - 1) | (torch.arange(num_blocks) == 0)
+            near_RB = selection.near(rows_R, num_blocks)
             sums["near"] += (mass_GPRB * near_RB).sum(-1)[..., counted_R].sum(-1).mean(1).double()
             pairs["all"] += num_groups * int(tokens_RB[counted_R].sum())
             num_counted += int(counted_R.sum())

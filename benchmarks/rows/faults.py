@@ -189,7 +189,7 @@ def _train(
 ) -> list[dict[str, Any]]:
     """Run the training to its end; its restarts."""
     from benchmarks.peers.soak_worker import train
-    from dseek.train.supervisor import supervise
+    from dseek.train.supervisor import SupervisorConfig, supervise
 
     folder.mkdir(parents=True)
     with namespaces.namespaces(NUM_RANKS) if over_network else contextlib.nullcontext() as made:
@@ -205,15 +205,15 @@ def _train(
                 "" if made is None else made.name(rank),
             )
 
-        restarts = supervise(
-            ("soak_worker",),
-            NUM_RANKS,
-            launch=launch,
+        config = SupervisorConfig(
+            command=("soak_worker",),
+            world_size=NUM_RANKS,
             lease_s=lease_s,
             start_s=60.0,
             grace_s=0.2,
             max_restarts=2 * len(given) + 2,
         )
+        restarts = supervise(config, launch=launch)
     return [
         {"rank": one.rank, "reason": one.reason, "step": one.step, "recovery_s": one.recovery_s} for one in restarts
     ]

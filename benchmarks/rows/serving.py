@@ -30,7 +30,7 @@ MODEL = models.SMOLLM2
 GAP_BAR = 4.0
 """Times its usual gap that a stream may wait while another's long prompt is computed."""
 
-STREAM_TOKENS = 2500
+STREAM_TOKENS = 6000
 """Length of answers that are left before they end."""
 
 SETTLED_TOKENS = 20

@@ -17,7 +17,7 @@ from benchmarks import namespaces
 from benchmarks.forked import Forked
 from benchmarks.peers import soak_worker
 from dseek.core.errors import ConfigError, PeerError
-from dseek.train.agent import Agent, AgentConfig, run_agent
+from dseek.train.agent import Agent, AgentConfig
 from dseek.train.coordinator import Coordinator, CoordinatorConfig, _share_out
 from dseek.train.faults import parse
 from dseek.train.supervisor import Restart, Supervisor, SupervisorConfig
@@ -63,12 +63,10 @@ class Nodes:
             self.error = error
 
     def add(self, name: str, slots: int) -> None:
-        command = [sys.executable, "-c", WORKER, str(self.folder), name]
+        command = (sys.executable, "-c", WORKER, str(self.folder), name)
         address = f"127.0.0.1:{self.coordinator.port}"
-        options = {"slots": slots, "grace_s": 0.2, "lease_s": 60}
-        self.agents.append(
-            Forked(lambda: run_agent(command, address, **options), {}, self.folder / f"log-{name}")  # type: ignore[arg-type]
-        )
+        config = AgentConfig(command=command, coordinator=address, slots=slots, grace_s=0.2, lease_s=60)
+        self.agents.append(Forked(Agent(config).run, {}, self.folder / f"log-{name}"))
 
     def wait(self, condition: Callable[[], object]) -> None:
         while not condition():
@@ -152,7 +150,8 @@ one.run()
     with os.fdopen(reader) as file:
         port = int(file.readline())
     command = [sys.executable, "-c", WORKER, str(tmp_path), "0"]
-    agent = Forked(lambda: run_agent(command, f"127.0.0.1:{port}", grace_s=0.2), {}, tmp_path / "log-0")
+    config = AgentConfig(command=command, coordinator=f"127.0.0.1:{port}", grace_s=0.2)
+    agent = Forked(Agent(config).run, {}, tmp_path / "log-0")
     while not list(tmp_path.glob("pid-0-*")):
         time.sleep(0.02)
     os.killpg(coordinator.pid, signal.SIGKILL)
@@ -186,7 +185,7 @@ def test_wrong_settings_are_refused() -> None:
     with pytest.raises(ConfigError):
         AgentConfig(command=(), coordinator="host:1")
     with pytest.raises(PeerError, match="no coordinator at"):
-        run_agent(["true"], "127.0.0.1:1", connect_s=0.5)
+        Agent(AgentConfig(command=("true",), coordinator="127.0.0.1:1", connect_s=0.5)).run()
 
 
 @pytest.mark.cluster

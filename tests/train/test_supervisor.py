@@ -176,7 +176,7 @@ def _train(folder: Path, *given: str) -> list[Restart]:
         return Forked(lambda: supervised_worker.run(folder, 8, given), variables, folder / f"log-{variables['RANK']}")
 
     folder.mkdir()
-    return supervise(("worker",), 2, launch=launch, lease_s=60)
+    return supervise(SupervisorConfig(command=("worker",), world_size=2, lease_s=60), launch=launch)
 
 
 @pytest.mark.native
@@ -192,10 +192,11 @@ def test_a_recovered_training_is_bit_equal(tmp_path: Path) -> None:
 
 
 def test_a_command_is_supervised(tmp_path: Path) -> None:
-    assert supervise([sys.executable, "-c", WORKER, str(tmp_path)], 1, lease_s=60) == []
+    command = (sys.executable, "-c", WORKER, str(tmp_path))
+    assert supervise(SupervisorConfig(command=command, world_size=1, lease_s=60)) == []
     assert (tmp_path / "done-0").exists()
     with pytest.raises(PeerError, match="ended with status 2"):
-        supervise([sys.executable, "-c", "raise SystemExit(2)"], 1, lease_s=60)
+        supervise(SupervisorConfig(command=(sys.executable, "-c", "raise SystemExit(2)"), world_size=1))
 
 
 def test_ranks_meet_again_over_a_store_that_torchrun_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import functools
 import os
 import signal
 import socket
+import threading
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -56,14 +57,7 @@ def serve_on_ray(args: argparse.Namespace, config: ServeConfig, bound: socket.so
     from dseek.serve.router import Router
     from dseek.serve.run import serve, url_of
 
-    draining = False
-
-    def is_draining() -> bool:
-        return draining
-
-    def drain() -> None:
-        nonlocal draining
-        draining = True
+    draining = threading.Event()
 
     def ready() -> None:
         print(f"{config.model_names[0]} is served at {url_of(bound)} by {args.workers} workers on Ray", flush=True)
@@ -86,8 +80,8 @@ def serve_on_ray(args: argparse.Namespace, config: ServeConfig, bound: socket.so
                 timeout_s=config.request_timeout_s,
                 on_close=take_away if address is not None else lambda: None,
             )
-            app = Doorman(Router(fleet, is_draining), config, Metrics(config.model_names[0]), is_draining)
-            return serve(app, config, bound, on_drain=drain, on_ready=ready)
+            app = Doorman(Router(fleet, draining.is_set), config, Metrics(config.model_names[0]), draining.is_set)
+            return serve(app, config, bound, on_drain=draining.set, on_ready=ready)
         finally:
             ray.shutdown()
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import socket
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from dseek.serve.requirements import ROUTER, require
@@ -55,25 +56,18 @@ def serve_workers(args: argparse.Namespace, config: ServeConfig, bound: socket.s
     from dseek.serve.router import Router
     from dseek.serve.run import serve, url_of
 
-    draining = False
-
-    def is_draining() -> bool:
-        return draining
-
-    def drain() -> None:
-        nonlocal draining
-        draining = True
+    draining = threading.Event()
 
     affinity: Affinity[int] = Affinity()
     replicas = Replicas(args.workers, command(args), drain_s=config.drain_s, on_restart=affinity.forget)
     app = Doorman(
-        Router(LocalFleet(replicas, affinity), is_draining), config, Metrics(config.model_names[0]), is_draining
+        Router(LocalFleet(replicas, affinity), draining.is_set), config, Metrics(config.model_names[0]), draining.is_set
     )
 
     def ready() -> None:
         print(f"{config.model_names[0]} is served at {url_of(bound)} by {args.workers} workers", flush=True)
 
-    return serve(app, config, bound, on_drain=drain, on_ready=ready)
+    return serve(app, config, bound, on_drain=draining.set, on_ready=ready)
 
 
 def command(args: argparse.Namespace) -> list[str]:

@@ -21,11 +21,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dseek.plan.plan import Plan
 
-MOST_STALL = 4.0
-"""How many times a usual step the slowest step beside a prompt should take."""
-
 AIM = 3.0
-"""What a step beside a prompt is to take, in usual steps: of hundreds of them the slowest takes a third longer."""
+"""What a step beside a prompt is to take, in usual steps: below the four that a stream may be kept waiting at most."""
 
 CAUTION = 2.0
 """How much longer a row is taken to need than predicted, until it was measured."""
@@ -35,9 +32,6 @@ MOST_SURPRISE = 3.0
 
 NEWEST_SHARE = 1 / 3
 """Weight of the newest time in the running mean."""
-
-ROW_STEP = 8
-"""Rows of a piece are a multiple of this, and at least so many: kernels work on several at once."""
 
 
 class StepClock:
@@ -79,14 +73,14 @@ class StepClock:
             position: tokens of the prompt that are computed already.
 
         Returns:
-            As many as make the step `AIM` times the usual, in multiples of `ROW_STEP`, within `most`.
+            As many as make the step `AIM` times the usual, at least one, within `most`.
         """
         allowed_s = (AIM - 1) * self.answers_s
         first_s, growth_s = self.row_s + self.pair_s * position, self.pair_s / 2
         # rows x first + rows^2 x growth = allowed, solved without a difference of nearly equal numbers.
         root = math.sqrt(first_s * first_s + 4 * growth_s * allowed_s)
         rows = 2 * allowed_s / max(first_s + root, 1e-12)
-        return min(most, max(1, int(min(rows, most)) // ROW_STEP) * ROW_STEP)
+        return max(1, int(min(rows, most)))
 
     def note(self, seconds: float, *, num_answers: int, other_rows: int, pairs: int = 0) -> None:
         """Learn from a step.

@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch._C._distributed_c10d import TCPStore
+from torch.distributed import TCPStore
 
 from dseek.core.errors import ConfigError, PeerError
 from dseek.core.logs import get_logger
@@ -244,17 +244,3 @@ def _own_address(coordinator: str) -> str:
             return str(probe.getsockname()[0])
         except OSError:
             return "127.0.0.1"
-
-
-def run_agent(command: Sequence[str], coordinator: str, **options: float | int) -> None:
-    """Run a node's ranks for a coordinator until the training has ended.
-
-    Args:
-        command: program and arguments of every rank.
-        coordinator: HOST:PORT.
-        options: other fields of `AgentConfig`.
-
-    Raises:
-        PeerError: the coordinator gave up, or cannot be reached.
-    """
-    Agent(AgentConfig(command=tuple(command), coordinator=coordinator, **options)).run()  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 from dseek.core.errors import ConfigError
 
@@ -67,8 +68,6 @@ class ReplicaGroup:
         """
         torchft = _torchft()
         timeout = timedelta(seconds=config.timeout_s)
-        from torch._C._distributed_c10d import TCPStore
-
         # Of the group's own processes, of which there is one.
         self._store = TCPStore("127.0.0.1", 0, None, True, timeout, wait_for_workers=False)
         self._manager: Any = torchft.Manager(

@@ -16,11 +16,12 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 from dseek.core.errors import ConfigError
 
-KINDS = ("kill", "stop", "slow", "exit", "full", "torn", "rot", "cut")
+Kind = Literal["kill", "stop", "slow", "exit", "full", "torn", "rot", "cut"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 """kill: SIGKILL. stop: SIGSTOP, alive and silent. slow: sleeps, goes on. exit: ends with status 3. full: the disk takes
 no more. torn: a file of the newest checkpoint is cut in half and the process killed, as by a loss of power. rot: a bit
 of such a file flips and nobody is told. cut: a network interface goes down."""
@@ -38,8 +39,6 @@ _FORMS = (
     "KIND:RANK@STEP, KIND one of kill, exit; stop and slow may have :SECONDS after it; full may have :WRITES; "
     "torn and rot may have :manifest, :part or :chunk; cut must have :INTERFACE and may have :SECONDS after that"
 )
-
-Kind = Literal["kill", "stop", "slow", "exit", "full", "torn", "rot", "cut"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,18 +100,25 @@ def parse(text: str) -> Fault:
         raise ConfigError(f"the fault is {text!r}", needed=_FORMS)
     kind, rank, step, rest = match.groups()
     details = [] if rest is None else rest.split(":")
-    known: dict[str, object] = {}
-    if kind == "cut" and details:
-        known["device"] = details.pop(0)
+    device = details.pop(0) if kind == "cut" and details else ""
+    seconds, writes, file = None, 1, "manifest"
     if details and kind in ("slow", "stop", "cut") and re.fullmatch(_SECONDS, details[0]):
-        known["seconds"] = float(details.pop(0))
+        seconds = float(details.pop(0))
     elif details and kind == "full" and re.fullmatch(r"[1-9]\d{0,5}", details[0]):
-        known["writes"] = int(details.pop(0))
+        writes = int(details.pop(0))
     elif details and kind in ("torn", "rot") and details[0] in FILES:
-        known["file"] = details.pop(0)
+        file = details.pop(0)
     if details:
         raise ConfigError(f"the fault is {text!r}", needed=_FORMS)
-    return Fault(kind=kind, rank=int(rank), step=int(step), **known)  # type: ignore[arg-type]
+    return Fault(
+        kind=cast(Kind, kind),
+        rank=int(rank),
+        step=int(step),
+        seconds=seconds,
+        writes=writes,
+        file=file,
+        device=device,
+    )
 
 
 def draw(
@@ -121,7 +127,7 @@ def draw(
     *,
     num_ranks: int,
     num_steps: int,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[Kind] = KINDS,
     device: str = "",
     longest_s: float = 1.0,
 ) -> list[Fault]:
@@ -156,7 +162,7 @@ def draw(
             seconds = None
         found.append(
             Fault(
-                kind=kind,  # type: ignore[arg-type]
+                kind=kind,
                 rank=chance.randrange(num_ranks),
                 step=chance.randrange(num_steps),
                 seconds=seconds,

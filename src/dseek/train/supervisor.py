@@ -16,7 +16,7 @@ import secrets
 import signal
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -281,16 +281,12 @@ def restart_count() -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def supervise(
-    command: Sequence[str], world_size: int, *, launch: Launch | None = None, **options: float | int
-) -> list[Restart]:
+def supervise(config: SupervisorConfig, *, launch: Launch | None = None) -> list[Restart]:
     """Run a training of several processes on this host until it ends, restarting it where one is lost.
 
     Args:
-        command: program and arguments of every rank.
-        world_size: processes.
-        launch: starts a rank otherwise than by `command`, which is then only its name.
-        options: other fields of `SupervisorConfig`.
+        config: what is run.
+        launch: see `Supervisor`.
 
     Returns:
         The recoveries there were.
@@ -298,9 +294,8 @@ def supervise(
     Raises:
         PeerError: it cannot be kept alive, or a rank was stopped or met a user's error.
     """
-    config = SupervisorConfig(command=tuple(command), world_size=world_size, **options)  # type: ignore[arg-type]
     supervisor = Supervisor(config, launch=launch)
     status = supervisor.run()
     if status:
-        raise PeerError(f"a rank of {' '.join(command)} ended with status {status}", remedy="look at its output")
+        raise PeerError(f"a rank of {' '.join(config.command)} ended with status {status}", remedy="look at its output")
     return supervisor.restarts
