@@ -183,7 +183,6 @@ void Decoder::check(const Batch& batch) const {
 }
 
 void Decoder::plan(const Batch& batch) {
-    constexpr int kQueryBlock = 64;        // rows of one attention task
     constexpr int kRowsForRowMode = 32;    // rows a thread should have before it works on rows of its own
     constexpr int kLargestRowTask = 256;   // its activations then fit a private cache of 1 to 2 MiB
     constexpr int kPagesForSplit = 4;      // least pages of a part of a long context
@@ -208,6 +207,8 @@ void Decoder::plan(const Batch& batch) {
     const int groups = shape_.num_kv_heads;
     const int wanted_splits =
         std::max(1, (4 * threads + groups * batch.num_sequences - 1) / (groups * batch.num_sequences));
+    // A pattern selects for whole blocks.
+    const int task_rows = patterns_.empty() ? rows_of_attention_task(batch.num_rows, groups, threads) : kPageTokens;
     size_t num_partials = 0;
     for (int s = 0; s < batch.num_sequences; ++s) {
         const int begin = batch.row_starts[s], end = batch.row_starts[s + 1];
@@ -228,7 +229,7 @@ void Decoder::plan(const Batch& batch) {
         }
         for (int row = begin; row < end;) {
             // Tasks end where a block of positions ends, so that only the last page of a task needs a mask.
-            const int to_boundary = kQueryBlock - batch.positions[row] % kQueryBlock;
+            const int to_boundary = task_rows - batch.positions[row] % task_rows;
             const int rows = std::min(to_boundary, end - row);
             const int64_t cost = static_cast<int64_t>(batch.positions[row] / kPageTokens + 1) * rows;
             for (int g = 0; g < groups; ++g) tasks_.push_back({s, row, rows, g, 0, -1, -1, true, cost});

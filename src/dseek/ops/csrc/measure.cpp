@@ -109,7 +109,8 @@ double time_attention(int num_rows, int context, int num_heads, int num_kv_heads
     }
     std::vector<float> out(query.size());
     const int heads = num_heads / num_kv_heads;
-    const int row_tasks = (num_rows + kPageTokens - 1) / kPageTokens;
+    const int task_rows = rows_of_attention_task(num_rows, num_kv_heads, team.size());
+    const int row_tasks = (num_rows + task_rows - 1) / task_rows;
     // A single row is split over its pages, as the decoder does; here the parts are not joined.
     const int splits = num_rows == 1 ? std::clamp(4 * team.size() / num_kv_heads, 1, std::max(1, num_pages / 4)) : 1;
     std::vector<float> partial(static_cast<size_t>(splits) * num_heads * (head_dim + 2));
@@ -119,7 +120,7 @@ double time_attention(int num_rows, int context, int num_heads, int num_kv_heads
             const int count = row_tasks * num_kv_heads * splits;
             for (int task = team.claim(0); task < count; task = team.claim(0)) {
                 const int g = task % num_kv_heads, split = task / num_kv_heads % splits;
-                const int row = (row_tasks - 1 - task / num_kv_heads / splits) * kPageTokens;
+                const int row = (row_tasks - 1 - task / num_kv_heads / splits) * task_rows;
                 const size_t at = static_cast<size_t>(row) * width + static_cast<size_t>(g) * heads * head_dim;
                 AttentionCall call;
                 call.layout = &layout;
@@ -131,7 +132,7 @@ double time_attention(int num_rows, int context, int num_heads, int num_kv_heads
                 call.out_stride = width;
                 call.num_heads = heads;
                 call.first_position = context - num_rows + row;
-                call.num_rows = std::min(kPageTokens, num_rows - row);
+                call.num_rows = std::min(task_rows, num_rows - row);
                 call.scale = 1.f / std::sqrt(static_cast<float>(head_dim));
                 if (splits > 1) {
                     const size_t slot = (static_cast<size_t>(split) * num_kv_heads + g) * heads;

@@ -1,13 +1,14 @@
 // Attention over the paged cache in portable vectors, flash style: one page of keys at a time, a running maximum and
 // sum for each row (Milakov and Gimelshein 2018; Dao et al. 2022, FlashAttention, algorithm 1), scores in base 2.
 //
-// Pages of bf16 and int8 are widened to fp32 first, once for all rows and heads that read them.
+// Pages of bf16 and int8 are widened to fp32 first, once for all rows and heads that read them, if those are many.
 #pragma once
 
 #include <algorithm>
 #include <limits>
 
 #include "kernels.h"
+#include "open_page.h"
 #include "scratch.h"
 #include "vec.h"
 
@@ -64,42 +65,6 @@ inline void store_tokens(const CacheLayout& layout, uint8_t* page, int slot, int
     }
 }
 
-// The two bf16 or int8 elements of sixteen neighbouring pairs, as floats.
-inline void load_pairs(const CacheLayout& layout, const uint8_t* data, size_t pair, f32x16& even, f32x16& odd) {
-    if (layout.type == CacheType::bf16) {
-        load_bf16_pairs(reinterpret_cast<const uint16_t*>(data) + 2 * pair, even, odd);
-        return;
-    }
-    const i32x16 both = load_int16(data + 2 * pair);
-    even = to_float((both << 24) >> 24);
-    odd = to_float(both >> 8);
-}
-
-// Keys as [d][64], values as [64][d], both fp32.
-inline void widen_page(const CacheLayout& layout, const uint8_t* page, float* keys, float* values) {
-    const int d = layout.head_dim;
-    const bool scaled = layout.type == CacheType::int8;
-    const auto* scales = reinterpret_cast<const float*>(page + layout.scale_offset);
-    f32x16 even, odd;
-    for (int i = 0; i < d; i += 2) {
-        for (int slot = 0; slot < kPageTokens; slot += 16) {
-            load_pairs(layout, page, static_cast<size_t>(i / 2) * kPageTokens + slot, even, odd);
-            const f32x16 scale = scaled ? load(scales + slot) : splat(1.f);
-            store(keys + static_cast<size_t>(i) * kPageTokens + slot, even * scale);
-            store(keys + static_cast<size_t>(i + 1) * kPageTokens + slot, odd * scale);
-        }
-    }
-    for (int slot = 0; slot < kPageTokens; slot += 2) {
-        const float first = scaled ? scales[kPageTokens + slot] : 1.f;
-        const float second = scaled ? scales[kPageTokens + slot + 1] : 1.f;
-        for (int i = 0; i < d; i += 16) {
-            load_pairs(layout, page + layout.value_offset, static_cast<size_t>(slot / 2) * d + i, even, odd);
-            store(values + static_cast<size_t>(slot) * d + i, even * first);
-            store(values + static_cast<size_t>(slot + 1) * d + i, odd * second);
-        }
-    }
-}
-
 // The blocks that a call attends to, in turn.
 class VisibleBlocks {
 public:
@@ -125,42 +90,10 @@ private:
     int first_, end_;
 };
 
+// Rows that widen a page in registers rather than in memory.
+constexpr int kMostNarrowRows = 2 * kRowsAtOnce;
+
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
-
-// c[r][0..16) = or += sum over i of a[r][i] * b[i][0..16), for a few rows that fit the registers.
-template <int kRows>
-inline void multiply_rows(const float* a, size_t a_stride, const float* b, size_t b_stride, int k, float* c,
-                          size_t c_stride, bool add) {
-    f32x16 sums[kRows] = {};
-    if (add) {
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) sums[r] = load(c + r * c_stride);
-    }
-    for (int i = 0; i < k; ++i) {
-        const f32x16 value = load(b + static_cast<size_t>(i) * b_stride);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) sums[r] += value * a[r * a_stride + i];
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) store(c + r * c_stride, sums[r]);
-}
-
-#if defined(__AVX2__)
-constexpr int kRowsAtOnce = 6;
-#else
-constexpr int kRowsAtOnce = 2;
-#endif
-
-// `take.run<rows>(first)` for [begin, end) in as few steps as may be.
-template <class Take>
-void for_row_groups(int begin, int end, const Take& take) {
-    int row = begin;
-    for (; row + kRowsAtOnce <= end; row += kRowsAtOnce) take.template run<kRowsAtOnce>(row);
-    if constexpr (kRowsAtOnce > 3) {
-        for (; row + 3 <= end; row += 3) take.template run<3>(row);
-    }
-    for (; row < end; ++row) take.template run<1>(row);
-}
 
 // Minus infinity for positions that a query may not see; `scores` are those of a page that begins at `first`.
 inline void hide_positions(float* scores, int oldest, int newest, int first) {
@@ -208,7 +141,7 @@ struct RowGroup {
     float* out;
     size_t out_stride;
     RowState* states;
-    const float *keys, *values;  // of the open page
+    const OpenPage* page;
     float factor;
     int num_keys;  // the first that may count
     int first_key;  // position of the page's first key; negative: a page of far cells, whose `bias` is [64]
@@ -217,33 +150,54 @@ struct RowGroup {
     const float* bias;
     size_t bias_stride;
 
-    template <int kRows>
-    void run(int row) const {
+    // Attends to the open page with rows [begin, end).
+    void attend(int begin, int end) const {
+        for (int row = begin; row < end; row += kRowsInTurn) take(row, std::min(kRowsInTurn, end - row));
+    }
+
+private:
+    // Rows that take turns at sixteen columns of the keys or values, which stay in the first cache meanwhile; the whole
+    // page, widened, would not.
+    static constexpr int kRowsInTurn = 4 * kRowsAtOnce;
+
+    void take(int first, int count) const {
         const int d = call.layout->head_dim;
-        alignas(64) float scores[kRows * kPageTokens];
+        alignas(64) float scores[kRowsInTurn * kPageTokens];
+        const float* asking = query + first * query_stride;
         for (int part = 0; part < kPageTokens; part += 16) {
-            multiply_rows<kRows>(query + row * query_stride, query_stride, keys + part, kPageTokens, d, scores + part,
-                                 kPageTokens, false);
+            for_row_groups(count, [&]<int kRows>(int row) {
+                page->score<kRows>(asking + row * query_stride, query_stride, part, scores + row * kPageTokens + part);
+            });
         }
-        float* target = out + row * out_stride;
-        for (int r = 0; r < kRows; ++r) {
-            float* of_row = scores + r * kPageTokens;
-            for (int part = 0; part < kPageTokens; part += 16) {
-                f32x16 score = load(of_row + part);
-                if (bias != nullptr) score += load(bias + (row + r) * bias_stride + part);
-                store(of_row + part, score * factor);
-            }
-            if (first_key >= 0) {
-                const int newest = first_position + (row + r) * position_step;
-                const int oldest = call.window > 0 ? newest - call.window + 1 : 0;
-                if (newest < first_key + kPageTokens - 1 || oldest > first_key) {
-                    hide_positions(of_row, oldest, newest, first_key);
-                }
-            }
-            states[row + r].soften(of_row, target + r * out_stride, d);
-        }
+        float* target = out + first * out_stride;
+        for (int row = 0; row < count; ++row) weigh(first + row, scores + row * kPageTokens, target + row * out_stride);
         for (int i = 0; i < d; i += 16) {
-            multiply_rows<kRows>(scores, kPageTokens, values + i, d, num_keys, target + i, out_stride, true);
+            for_row_groups(count, [&]<int kRows>(int row) {
+                page->gather<kRows>(scores + row * kPageTokens, num_keys, i, target + row * out_stride + i, out_stride);
+            });
+        }
+    }
+
+    // Turns a row's scores into weights.
+    void weigh(int row, float* scores, float* target) const {
+        const float* scales = page->open_scales();
+        for (int part = 0; part < kPageTokens; part += 16) {
+            f32x16 score = load(scores + part);
+            if (scales != nullptr) score = score * load(scales + part);
+            if (bias != nullptr) score += load(bias + row * bias_stride + part);
+            store(scores + part, score * factor);
+        }
+        if (first_key >= 0) {
+            const int newest = first_position + row * position_step;
+            const int oldest = call.window > 0 ? newest - call.window + 1 : 0;
+            if (newest < first_key + kPageTokens - 1 || oldest > first_key) {
+                hide_positions(scores, oldest, newest, first_key);
+            }
+        }
+        states[row].soften(scores, target, call.layout->head_dim);
+        if (scales == nullptr) return;
+        for (int part = 0; part < kPageTokens; part += 16) {
+            store(scores + part, load(scores + part) * load(scales + kPageTokens + part));
         }
     }
 };
@@ -254,10 +208,10 @@ inline void attention_portable(const AttentionCall& call) {
     const int num_states = call.num_rows * call.num_heads;
     const size_t page_floats = static_cast<size_t>(d) * kPageTokens;
     thread_local Scratch room;
-    auto* wide_keys = reinterpret_cast<float*>(
+    auto* wide = reinterpret_cast<float*>(
         room.get(2 * page_floats * sizeof(float) + static_cast<size_t>(num_states) * sizeof(RowState)));
-    float* wide_values = wide_keys + page_floats;
-    auto* states = reinterpret_cast<RowState*>(wide_values + page_floats);
+    auto* states = reinterpret_cast<RowState*>(wide + 2 * page_floats);
+    if (call.num_rows == 1 && call.num_heads <= kMostNarrowRows) wide = nullptr;
     std::fill(states, states + num_states, RowState{});
     for (int row = 0; row < call.num_rows; ++row) {
         std::memset(call.out + row * call.out_stride, 0, static_cast<size_t>(call.num_heads) * d * 4);
@@ -268,8 +222,7 @@ inline void attention_portable(const AttentionCall& call) {
                    .out = nullptr,
                    .out_stride = 0,
                    .states = nullptr,
-                   .keys = nullptr,
-                   .values = nullptr,
+                   .page = nullptr,
                    .factor = call.scale * kLog2E,
                    .num_keys = 0,
                    .first_key = -1,
@@ -277,23 +230,16 @@ inline void attention_portable(const AttentionCall& call) {
                    .position_step = 1,
                    .bias = nullptr,
                    .bias_stride = 0};
-    const auto open_page = [&](const CacheLayout& its_layout, const uint8_t* page) {
-        group.keys = reinterpret_cast<const float*>(page);
-        group.values = reinterpret_cast<const float*>(page + its_layout.value_offset);
-        if (its_layout.type == CacheType::fp32) return;
-        widen_page(its_layout, page, wide_keys, wide_values);
-        group.keys = wide_keys;
-        group.values = wide_values;
-    };
-    // The open page for rows [begin, end) of every head. States lie head by head.
-    const auto attend = [&](int begin, int end, const float* bias, size_t bias_of_head) {
+    // A page for rows [begin, end) of every head. States lie head by head.
+    const auto attend = [&](const OpenPage& page, int begin, int end, const float* bias, size_t bias_of_head) {
         const size_t dim = static_cast<size_t>(d);
+        group.page = &page;
         if (call.num_rows == 1) {
             group.query = call.query, group.query_stride = dim;
             group.out = call.out, group.out_stride = dim;
             group.states = states, group.position_step = 0;
             group.bias = bias, group.bias_stride = bias_of_head;
-            if (begin < end) for_row_groups(0, call.num_heads, group);
+            if (begin < end) group.attend(0, call.num_heads);
             return;
         }
         for (int head = 0; head < call.num_heads; ++head) {
@@ -301,7 +247,7 @@ inline void attention_portable(const AttentionCall& call) {
             group.out = call.out + head * dim, group.out_stride = call.out_stride;
             group.states = states + static_cast<size_t>(head) * call.num_rows;
             group.bias = bias == nullptr ? nullptr : bias + head * bias_of_head;
-            for_row_groups(begin, end, group);
+            group.attend(begin, end);
         }
     };
     const VisibleBlocks visible(call);
@@ -311,18 +257,17 @@ inline void attention_portable(const AttentionCall& call) {
         int end = call.num_rows;  // later rows have the whole page behind their window
         if (call.window > 0) end = std::min(end, first + kPageTokens - 1 + call.window - call.first_position);
         if (begin >= end) continue;
-        open_page(layout, visible.page(entry));
         group.first_key = first;
         group.num_keys = std::min(kPageTokens, call.first_position + end - first);
-        attend(begin, end, nullptr, 0);
+        attend({layout, visible.page(entry), wide}, begin, end, nullptr, 0);
     }
     const int far_pages = call.far.num_pages();
     group.first_key = -1;
     for (int far_page = 0; far_page < far_pages; ++far_page) {
-        open_page(*call.far.layout, call.far.pages + far_page * call.far.layout->head_bytes);
+        const OpenPage page(*call.far.layout, call.far.pages + far_page * call.far.layout->head_bytes, wide);
         const int first = far_page * kPageTokens;
         group.num_keys = std::min(kPageTokens, call.far.count - first);
-        attend(0, call.num_rows, call.far.bias + first, static_cast<size_t>(far_pages) * kPageTokens);
+        attend(page, 0, call.num_rows, call.far.bias + first, static_cast<size_t>(far_pages) * kPageTokens);
     }
     if (call.partial_max != nullptr) {
         for (int i = 0; i < num_states; ++i) {

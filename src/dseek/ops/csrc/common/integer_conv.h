@@ -14,7 +14,7 @@ namespace DSEEK_VARIANT {
 // Sixteen bytes at any address, as 32-bit integers.
 template <class Byte>
 inline i32x16 load_bytes(const Byte* source) {
-    constexpr bool kSigned = std::is_signed_v<Byte>;
+    [[maybe_unused]] constexpr bool kSigned = std::is_signed_v<Byte>;
 #if defined(__AVX512F__)
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(source));
     return reinterpret_cast<i32x16>(kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));

@@ -95,6 +95,14 @@ struct FarCells {
     int num_pages() const { return (count + kPageTokens - 1) / kPageTokens; }
 };
 
+// Rows that one attention task takes, of one key-value head: a page of positions, or a part of it where so many would
+// leave threads without work. Kernels take sixteen at a time.
+inline int rows_of_attention_task(int num_rows, int num_kv_heads, int num_threads) {
+    int rows = kPageTokens;
+    while (rows > 16 && (num_rows + rows - 1) / rows * num_kv_heads < 2 * num_threads) rows /= 2;
+    return rows;
+}
+
 // Attention of `num_rows` newest queries at consecutive positions, for all query heads of one key-value head.
 struct AttentionCall {
     const CacheLayout* layout = nullptr;

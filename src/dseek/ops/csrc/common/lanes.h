@@ -22,7 +22,8 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 
-inline f32x16 splat(float value) { return f32x16{} + value; }
+// Less nothing: adding nothing would have to turn -0 into 0, at the cost of an addition.
+inline f32x16 splat(float value) { return value - f32x16{}; }
 inline f32x16 select(i32x16 mask, f32x16 yes, f32x16 no) { return mask ? yes : no; }
 inline f32x16 to_float(i32x16 value) { return __builtin_convertvector(value, f32x16); }
 inline i32x16 to_int(f32x16 value) { return __builtin_convertvector(value, i32x16); }
@@ -75,9 +76,10 @@ template <class R, class F, class... X>
 #endif
 }
 
+// Less nothing: adding nothing would have to turn -0 into 0, at the cost of an addition.
 template <class T>
 [[gnu::always_inline]] inline Lanes<T> fill(T value) {
-    return each<T>([value](auto zero) { return zero + value; }, Lanes<T>{});
+    return each<T>([value](auto zero) { return value - zero; }, Lanes<T>{});
 }
 
 // One operator between two values, and between a value and a number.
