@@ -90,8 +90,10 @@ private:
     int first_, end_;
 };
 
-// Rows that widen a page in registers rather than in memory.
+// Rows, of all heads, that widen a page in registers rather than in memory.
 constexpr int kMostNarrowRows = 2 * kRowsAtOnce;
+// Rows whose heads are attended to together.
+constexpr int kMostRowsTogether = kStripRows;
 
 constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
 
@@ -144,10 +146,10 @@ struct RowGroup {
     const OpenPage* page;
     float factor;
     int num_keys;  // the first that may count
-    int first_key;  // position of the page's first key; negative: a page of far cells, whose `bias` is [64]
+    int first_key;  // position of the page's first key; negative: every row sees the whole page
     int first_position;  // of row 0
     int position_step;   // 1, or 0 where all rows are of one position
-    const float* bias;
+    const float* bias;  // [64] of each row, added to its scores, or null
     size_t bias_stride;
 
     // Attends to the open page with rows [begin, end).
@@ -183,7 +185,7 @@ private:
         const float* scales = page->open_scales();
         for (int part = 0; part < kPageTokens; part += 16) {
             f32x16 score = load(scores + part);
-            if (scales != nullptr) score = score * load(scales + part);
+            if (scales != nullptr) score *= load(scales + part);
             if (bias != nullptr) score += load(bias + row * bias_stride + part);
             store(scores + part, score * factor);
         }
@@ -202,85 +204,112 @@ private:
     }
 };
 
+// Where heads and rows lie: row r of head h at data + h * head + r * row.
+template <class T>
+struct RowsOfHeads {
+    T* data;
+    size_t head, row;
+
+    T* at(int h, int r) const { return data + h * head + r * row; }
+};
+
 inline void attention_portable(const AttentionCall& call) {
     const CacheLayout& layout = *call.layout;
-    const int d = layout.head_dim;
-    const int num_states = call.num_rows * call.num_heads;
-    const size_t page_floats = static_cast<size_t>(d) * kPageTokens;
+    const int rows = call.num_rows, heads = call.num_heads, num_states = rows * heads;
+    const size_t d = static_cast<size_t>(layout.head_dim), page_floats = d * kPageTokens;
+    // A few rows are copied, so that those of all heads lie one behind the other and can take turns at a page at once;
+    // a lone one lies so already.
+    const bool together = rows <= kMostRowsTogether, copied = together && rows > 1;
     thread_local Scratch room;
+    const size_t copied_floats = copied ? num_states * d : 0;
     auto* wide = reinterpret_cast<float*>(
-        room.get(2 * page_floats * sizeof(float) + static_cast<size_t>(num_states) * sizeof(RowState)));
-    auto* states = reinterpret_cast<RowState*>(wide + 2 * page_floats);
-    if (call.num_rows == 1 && call.num_heads <= kMostNarrowRows) wide = nullptr;
-    std::fill(states, states + num_states, RowState{});
-    for (int row = 0; row < call.num_rows; ++row) {
-        std::memset(call.out + row * call.out_stride, 0, static_cast<size_t>(call.num_heads) * d * 4);
+        room.get((2 * page_floats + 2 * copied_floats) * sizeof(float) + num_states * sizeof(RowState)));
+    RowsOfHeads<const float> query{call.query, d, call.query_stride};
+    RowsOfHeads<float> out{call.out, d, call.out_stride};
+    if (copied) {
+        float* copy = wide + 2 * page_floats;
+        out = {copy + copied_floats, rows * d, d};
+        for (int head = 0; head < heads; ++head) {
+            for (int row = 0; row < rows; ++row) {
+                std::memcpy(copy + (head * rows + row) * d, query.at(head, row), d * sizeof(float));
+            }
+        }
+        query = {copy, rows * d, d};
     }
+    auto* states = reinterpret_cast<RowState*>(wide + 2 * page_floats + 2 * copied_floats);
+    std::fill(states, states + num_states, RowState{});
+    for (int head = 0; head < heads; ++head) {
+        for (int row = 0; row < rows; ++row) std::fill_n(out.at(head, row), d, 0.f);
+    }
+    if (num_states <= kMostNarrowRows) wide = nullptr;
     RowGroup group{.call = call,
                    .query = nullptr,
-                   .query_stride = 0,
+                   .query_stride = rows == 1 ? d : query.row,
                    .out = nullptr,
-                   .out_stride = 0,
+                   .out_stride = rows == 1 ? d : out.row,
                    .states = nullptr,
                    .page = nullptr,
                    .factor = call.scale * kLog2E,
                    .num_keys = 0,
                    .first_key = -1,
                    .first_position = call.first_position,
-                   .position_step = 1,
+                   .position_step = rows == 1 ? 0 : 1,
                    .bias = nullptr,
                    .bias_stride = 0};
-    // A page for rows [begin, end) of every head. States lie head by head.
-    const auto attend = [&](const OpenPage& page, int begin, int end, const float* bias, size_t bias_of_head) {
-        const size_t dim = static_cast<size_t>(d);
+    const auto attend_all = [&](const OpenPage& page, const float* bias) {
+        group.page = &page, group.query = query.data, group.out = out.data, group.states = states;
+        group.bias = bias;
+        group.attend(0, num_states);
+    };
+    const auto attend_by_head = [&](const OpenPage& page, int begin, int end, const float* bias, size_t bias_of_head) {
         group.page = &page;
-        if (call.num_rows == 1) {
-            group.query = call.query, group.query_stride = dim;
-            group.out = call.out, group.out_stride = dim;
-            group.states = states, group.position_step = 0;
-            group.bias = bias, group.bias_stride = bias_of_head;
-            if (begin < end) group.attend(0, call.num_heads);
-            return;
-        }
-        for (int head = 0; head < call.num_heads; ++head) {
-            group.query = call.query + head * dim, group.query_stride = call.query_stride;
-            group.out = call.out + head * dim, group.out_stride = call.out_stride;
-            group.states = states + static_cast<size_t>(head) * call.num_rows;
+        for (int head = 0; head < heads; ++head) {
+            group.query = query.at(head, 0), group.out = out.at(head, 0);
+            group.states = states + static_cast<size_t>(head) * rows;
             group.bias = bias == nullptr ? nullptr : bias + head * bias_of_head;
             group.attend(begin, end);
         }
     };
+    const int last_position = call.first_position + rows - 1;
     const VisibleBlocks visible(call);
     for (int entry = visible.first(); entry < visible.end(); ++entry) {
         const int first = visible.block(entry) * kPageTokens;
         const int begin = std::max({0, visible.from_row(entry), first - call.first_position});
-        int end = call.num_rows;  // later rows have the whole page behind their window
+        int end = rows;  // later rows have the whole page behind their window
         if (call.window > 0) end = std::min(end, first + kPageTokens - 1 + call.window - call.first_position);
         if (begin >= end) continue;
-        group.first_key = first;
+        const OpenPage page(layout, visible.page(entry), wide);
+        const bool seen_by_all = begin == 0 && end == rows && first + kPageTokens - 1 <= call.first_position &&
+                                 (call.window <= 0 || first > last_position - call.window);
+        group.first_key = seen_by_all ? -1 : first;
         group.num_keys = std::min(kPageTokens, call.first_position + end - first);
-        attend({layout, visible.page(entry), wide}, begin, end, nullptr, 0);
+        if (rows == 1 || (together && seen_by_all)) attend_all(page, nullptr);
+        else attend_by_head(page, begin, end, nullptr, 0);
     }
     const int far_pages = call.far.num_pages();
+    const size_t far_slots = static_cast<size_t>(far_pages) * kPageTokens;
     group.first_key = -1;
     for (int far_page = 0; far_page < far_pages; ++far_page) {
         const OpenPage page(*call.far.layout, call.far.pages + far_page * call.far.layout->head_bytes, wide);
         const int first = far_page * kPageTokens;
         group.num_keys = std::min(kPageTokens, call.far.count - first);
-        attend(page, 0, call.num_rows, call.far.bias + first, static_cast<size_t>(far_pages) * kPageTokens);
+        group.bias_stride = rows == 1 ? far_slots : 0;
+        if (rows == 1) attend_all(page, call.far.bias + first);
+        else attend_by_head(page, 0, rows, call.far.bias + first, far_slots);
     }
     if (call.partial_max != nullptr) {
         for (int i = 0; i < num_states; ++i) {
             call.partial_max[i] = states[i].largest;
             call.partial_sum[i] = states[i].total;
         }
-        return;
     }
-    for (int row = 0; row < call.num_rows; ++row) {
-        for (int head = 0; head < call.num_heads; ++head) {
-            float* out = call.out + row * call.out_stride + static_cast<size_t>(head) * d;
-            const float inverse = 1.f / states[static_cast<size_t>(head) * call.num_rows + row].total;
-            for (int i = 0; i < d; i += 16) store(out + i, load(out + i) * inverse);
+    for (int head = 0; head < heads; ++head) {
+        for (int row = 0; row < rows; ++row) {
+            const float total = states[static_cast<size_t>(head) * rows + row].total;
+            const float inverse = call.partial_max != nullptr ? 1.f : 1.f / total;
+            const float* source = out.at(head, row);
+            float* target = call.out + row * call.out_stride + head * d;
+            for (size_t i = 0; i < d; i += 16) store(target + i, load(source + i) * inverse);
         }
     }
 }

@@ -67,10 +67,10 @@ inline void multiply_rows(const float* a, size_t a_stride, const float* b, size_
     for (int r = 0; r < kRows; ++r) store(c + r * c_stride, sums[r]);
 }
 
-// The same where two neighbours i of every column lie side by side, in bf16 or int8: b[i / 2][0..16)[2].
-template <CacheType kType, int kRows>
-inline void multiply_pairs(const float* a, size_t a_stride, const uint8_t* b, size_t b_stride, int k, float* c,
-                           size_t c_stride, bool add) {
+// The same where b comes two at a time: `load_both(i / 2, even, odd)` gives b[i] and b[i + 1] for an even i.
+template <int kRows, class LoadBoth>
+inline void multiply_pairs(const float* a, size_t a_stride, const LoadBoth& load_both, int k, float* c, size_t c_stride,
+                           bool add) {
     f32x16 sums[kRows] = {};
     if (add) {
 #pragma GCC unroll 8
@@ -78,14 +78,14 @@ inline void multiply_pairs(const float* a, size_t a_stride, const uint8_t* b, si
     }
     f32x16 even, odd;
     for (int i = 0; i + 1 < k; i += 2) {
-        load_pairs<kType>(b, static_cast<size_t>(i / 2) * b_stride, even, odd);
+        load_both(i / 2, even, odd);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) sums[r] += even * a[r * a_stride + i];
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) sums[r] += odd * a[r * a_stride + i + 1];
     }
     if (k % 2 != 0) {
-        load_pairs<kType>(b, static_cast<size_t>(k / 2) * b_stride, even, odd);
+        load_both(k / 2, even, odd);
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) sums[r] += even * a[r * a_stride + k - 1];
     }
@@ -128,17 +128,24 @@ struct OpenPage {
         }
     }
 
-    // Scores of queries against sixteen keys from `slot` on. Bytes as they lie have their scale still to come.
+    // Scores of queries against sixteen keys from `slot` on.
     template <int kRows>
     void score(const float* query, size_t stride, int slot, float* scores) const {
         const int d = layout->head_dim;
-        const uint8_t* pairs = data + static_cast<size_t>(slot) * 2 * element_bytes();
+        const auto multiply = [&](const auto& load_both) {
+            multiply_pairs<kRows>(query, stride, load_both, d, scores, kPageTokens, false);
+        };
+        const auto place = [&](int pair) { return static_cast<size_t>(pair) * kPageTokens + slot; };
         if (keys != nullptr) {
             multiply_rows<kRows>(query, stride, keys + slot, kPageTokens, d, scores, kPageTokens, false);
         } else if (layout->type == CacheType::bf16) {
-            multiply_pairs<CacheType::bf16, kRows>(query, stride, pairs, kPageTokens, d, scores, kPageTokens, false);
+            multiply([&](int pair, f32x16& even, f32x16& odd) {
+                load_pairs<CacheType::bf16>(data, place(pair), even, odd);
+            });
         } else {
-            multiply_pairs<CacheType::int8, kRows>(query, stride, pairs, kPageTokens, d, scores, kPageTokens, false);
+            multiply([&](int pair, f32x16& even, f32x16& odd) {
+                load_pairs<CacheType::int8>(data, place(pair), even, odd);
+            });
         }
     }
 
@@ -146,24 +153,28 @@ struct OpenPage {
     template <int kRows>
     void gather(const float* weights, int num_keys, int column, float* out, size_t stride) const {
         const size_t d = static_cast<size_t>(layout->head_dim);
-        const uint8_t* pairs = data + layout->value_offset + static_cast<size_t>(column) * 2 * element_bytes();
+        const uint8_t* pairs = data + layout->value_offset;
+        const auto multiply = [&](const auto& load_both) {
+            multiply_pairs<kRows>(weights, kPageTokens, load_both, num_keys, out, stride, true);
+        };
         if (keys != nullptr) {
             multiply_rows<kRows>(weights, kPageTokens, values + column, d, num_keys, out, stride, true);
         } else if (layout->type == CacheType::bf16) {
-            multiply_pairs<CacheType::bf16, kRows>(weights, kPageTokens, pairs, d, num_keys, out, stride, true);
+            multiply([&](int pair, f32x16& even, f32x16& odd) {
+                load_pairs<CacheType::bf16>(pairs, pair * d + column, even, odd);
+            });
         } else {
-            multiply_pairs<CacheType::int8, kRows>(weights, kPageTokens, pairs, d, num_keys, out, stride, true);
+            multiply([&](int pair, f32x16& even, f32x16& odd) {
+                load_pairs<CacheType::int8>(pairs, pair * d + column, even, odd);
+            });
         }
     }
 
-    // Scales of keys and, 64 further on, of values, which are not part of what `score` and `gather` multiply; or null.
+    // Scales of the keys and, 64 further on, of the values, where bytes are multiplied without them; else null.
     const float* open_scales() const {
         if (keys != nullptr || layout->type != CacheType::int8) return nullptr;
         return reinterpret_cast<const float*>(data + layout->scale_offset);
     }
-
-private:
-    size_t element_bytes() const { return layout->type == CacheType::bf16 ? 2 : 1; }
 };
 
 }  // namespace DSEEK_VARIANT
