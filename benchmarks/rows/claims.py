@@ -308,6 +308,13 @@ ALL = (
         quick=True,
     ),
     Row(
+        name="load-generator",
+        claim="Requests of the public load generator GuideLLM, as its users install it, that are answered with as many "
+        "tokens as it asks for, SmolLM2-135M, int8, chats over HTTP, eight streams",
+        place="load_generator:load_generator",
+        min_ratio=1.0,
+    ),
+    Row(
         name="replica-kill",
         claim="`kill -9` of one of two Ray replicas under load, SmolLM2-135M, fp32: none fails that had not begun "
         "to stream, answers equal those generated alone, and the replica is replaced; bar 15 s",

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.errors import BenchmarkError, IncorrectError
 from benchmarks.hostile import complaint, hostile_requests
 from benchmarks.rows import Settings, row, serving
+from benchmarks.rows.load_generator import outcome_of
 from benchmarks.server import Answered
 
 SMOKE = Settings(threads=1, rounds=2, smoke=True)
@@ -40,6 +41,26 @@ def test_without_a_trace_the_row_says_what_it_needs(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv(serving.TRACE_VARIABLE, raising=False)
     with pytest.raises(BenchmarkError, match=serving.TRACE_VARIABLE):
         row("ttft-azure").measure(SMOKE)
+
+
+def _report(**changes: Any) -> dict[str, Any]:
+    spread = {"median": 1.0, "min": 32, "max": 32, "percentiles": {"p99": 2.0}}
+    names = ("output_token_count", "time_to_first_token_ms", "inter_token_latency_ms")
+    metrics = {name: {"successful": spread | changes.get(name, {})} for name in names}
+    totals = {"successful": 8, "errored": 0, "incomplete": 0, "total": 8} | changes.get("totals", {})
+    return {"benchmarks": [{"metrics": {**metrics, "request_totals": totals}}]}
+
+
+def test_the_load_generators_report_is_judged() -> None:
+    outcome = outcome_of(_report(), 8)
+    assert outcome.ratio == 1 and outcome.details["time_to_first_token_ms"] == {"median": 1.0, "p99": 2.0}
+    for wrong in ({"totals": {"successful": 7, "errored": 1}}, {"output_token_count": {"min": 31}}):
+        with pytest.raises(IncorrectError):
+            outcome_of(_report(**wrong), 8)
+    with pytest.raises(IncorrectError):
+        outcome_of(_report(), 9)
+    with pytest.raises(BenchmarkError, match="not understood"):
+        outcome_of({"benchmarks": []}, 8)
 
 
 def test_an_idle_server_is_one_without_requests_and_pages(monkeypatch: pytest.MonkeyPatch) -> None:
