@@ -35,28 +35,20 @@ def test_weights_come_back_in_hugging_face_order(tmp_path: Path, architecture: s
         assert files.has("model.norm.weight") and not files.has("blk.0.attn_q.weight")
 
 
-def assert_equals_transformers(path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # of qwen3 transformers reads only heads of 128
+def test_small_models_equal_transformers(tmp_path: Path, architecture: str) -> None:
     """The weights are those that transformers reads from the same file, the rotary row order included."""
     import transformers
 
+    path = tmp_path / "m.gguf"
+    write_model(path, architecture, encoding="Q8_0", tied=architecture == "llama")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype="float32"
+        str(tmp_path), gguf_file=path.name, dtype="float32"
     ).state_dict()
     with open_model(str(path)) as files:
         for name in files.tensor_names():
             np.testing.assert_allclose(to_float32(files.tensor(name)), theirs[name].numpy(), atol=1e-6, err_msg=name)
         assert set(theirs) - {"lm_head.weight"} == set(files.tensor_names()) - {"lm_head.weight"}
-
-
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # of qwen3 transformers reads only heads of 128
-def test_small_models_equal_transformers(tmp_path: Path, architecture: str) -> None:
-    write_model(tmp_path / "m.gguf", architecture, encoding="Q8_0", tied=architecture == "llama")
-    assert_equals_transformers(tmp_path / "m.gguf")
-
-
-@pytest.mark.slow
-def test_embedded_model_equals_transformers(embedded_model: Path) -> None:
-    assert_equals_transformers(embedded_model)
 
 
 def test_embedded_model_opens(embedded_model: Path) -> None:

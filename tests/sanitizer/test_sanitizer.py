@@ -15,8 +15,8 @@ from tests.sanitizer.process import run
 
 pytestmark = pytest.mark.sanitizer
 
-NUM_CALLS = 6000
-NUM_MUTATIONS = 3000
+NUM_CALLS = 4000
+NUM_MUTATIONS = 1500
 """Of each model; there are two of either format."""
 
 
