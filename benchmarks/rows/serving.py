@@ -86,11 +86,13 @@ def gap_long_prompt(settings: Settings) -> Outcome:
     length = settings.pick(8192, 256)
     worst: list[float] = []
     usual: list[float] = []
+    waited: list[float] = []
     short = prompts(MODEL, 64, 4)
     positions = ["--max-position-embeddings", "16384"]  # the model was made for as many as the prompt has
     with _int8(settings, length + 1024, positions, batch=8) as server:
         for long_prompt in prompts(MODEL, length, settings.rounds):
             streams, disturbing = asyncio.run(_disturbed(server, short, long_prompt))
+            waited.append(disturbing.times_s[0] - disturbing.sent_s)
             for answered in streams:
                 gaps = list(zip(answered.gaps_s, answered.times_s[1:], strict=True))
                 # The last gap counts, in which the long prompt's own first token came.
@@ -109,6 +111,7 @@ def gap_long_prompt(settings: Settings) -> Outcome:
             "usual_s": statistics.median(usual),
             "factor": factor,
             "greatest_s": max(worst),
+            "long_prompt_first_token_s": statistics.median(waited),
             "streams": len(worst),
         },
     )

@@ -8,7 +8,7 @@ import pytest
 from dseek.engine.batch import Batch
 from dseek.engine.engine import Engine
 from dseek.engine.request import SamplingParams
-from dseek.engine.step_clock import AIM, StepClock
+from dseek.engine.step_clock import AIM, ALONE_EVERY, LEAST_ROWS, StepClock
 from tests.engine.fakes import FakeRunner, make_engine
 from tests.engine.test_engine import alone, run_all
 
@@ -62,10 +62,41 @@ def test_a_prompt_stalls_an_answer_no_longer_than_four_steps(predicted_row_s: fl
 def test_pieces_shrink_as_a_prompt_goes_on() -> None:
     clock = StepClock(1.0, 0.01, 0.01 / 1000)
     rows = [clock.prompt_rows(4096, position) for position in (0, 1000, 8000, 10**9)]
-    assert rows == [183, 97, 22, 1]
+    assert rows == [183, 97, 22, LEAST_ROWS]
     for position, count in zip((0, 1000, 8000), rows, strict=False):
         took_s = sum(0.01 + 0.01 / 1000 * (position + row) for row in range(count))
         assert took_s <= (AIM - 1) < took_s * (count + 1) / count * 1.05
+
+
+class Growing(Timed):
+    """Every sequence of a step costs for what it looks back at, as it does where attention to the cache is slow."""
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        lasts = np.asarray(batch.positions)[np.asarray(batch.row_starts[1:]) - 1]
+        self.now_s += 0.0002 * int(np.sum(lasts))
+        return super().forward(batch)
+
+
+def test_a_prompt_comes_to_its_end_beside_answers_that_get_slower() -> None:
+    runner = Growing(step_s=1.0, row_s=0.02, pair_s=0.00001)
+    engine = make_timed(runner, 0.02)
+    answer = SamplingParams(max_new_tokens=1500, ignore_eos=True)
+    first = [engine.add([1, n], answer) for n in range(3)]
+    while len(first[0].token_ids) < 20:
+        engine.step()
+    start_s = runner.now_s
+    prompt = list(range(250)) * 24
+    second = engine.add(prompt, SamplingParams(max_new_tokens=1, ignore_eos=True))
+    runner.batches.clear()
+    while not second.first_token_s:
+        engine.step()
+    rows = [batch.num_rows - len(first) for batch in runner.batches]
+    assert rows[ALONE_EVERY - 1 :: ALONE_EVERY] == [0] * (len(rows) // ALONE_EVERY)
+    assert min(count for count in rows[:-1] if count) >= LEAST_ROWS
+    alone_s = len(prompt) * 0.02 + len(prompt) ** 2 / 2 * 0.00001
+    assert runner.now_s - start_s < 2 * alone_s * AIM / (AIM - 1)
+    # What answers take was followed, though hardly a step had nothing else.
+    assert engine.clock.answers_s == pytest.approx(1.0 + 3 * (0.02 + 0.0002 * len(first[0].token_ids)), rel=0.1)
 
 
 def test_early_pieces_teach_rows_and_late_ones_attention() -> None:
@@ -118,8 +149,9 @@ def test_one_slow_step_changes_little() -> None:
     before = clock.prompt_rows(4096, 0)
     clock.note(10.0, num_answers=2, other_rows=32)
     assert clock.prompt_rows(4096, 0) >= before // 2
-    assert StepClock(0.02, 1.0).prompt_rows(4096, 0) == 1
+    assert StepClock(0.02, 1.0).prompt_rows(4096, 0) == LEAST_ROWS
     assert StepClock(0.02, 0.001).prompt_rows(4, 0) == 4
+    assert StepClock(0.02, 0.001).prompt_rows(2, 0) == 2
 
 
 def test_answers_are_the_same_however_prompts_are_cut() -> None:

@@ -2,8 +2,10 @@
 
 A step that computes rows of a prompt keeps every running answer waiting for its next token. Three figures say how long:
 the time of a step of answers alone, what a further row of a prompt adds to it, and what that row's attention adds for
-every earlier token of its sequence. A prompt's piece is as long as makes a step `AIM` times the usual one; where no
-answer waits, it is as long as the plan allows.
+every earlier token of its sequence. A prompt's piece is as long as makes a step `AIM` times the usual one, and at least
+`LEAST_ROWS`; where no answer waits, it is as long as the plan allows. Every `ALONE_EVERY`th step beside a prompt leaves
+it out: answers that go on get slower with every token, and were that time taken for the prompt's, its pieces would
+shrink until it stood still.
 
 The figures begin as the plan predicts them, rows with `CAUTION`, since the plan predicts whole chunks and short pieces
 take longer a row: the first piece that is too long is a stall that somebody has seen. Then they follow what is
@@ -24,6 +26,12 @@ if TYPE_CHECKING:
 AIM = 3.0
 """What a step beside a prompt is to take, in usual steps: below the four that a stream may be kept waiting at most."""
 
+LEAST_ROWS = 4
+"""Rows of a piece whatever they take: one alone costs nearly as much, and a prompt must come to its end, too."""
+
+ALONE_EVERY = 16
+"""Of so many steps beside a prompt one has answers alone."""
+
 CAUTION = 2.0
 """How much longer a row is taken to need than predicted, until it was measured."""
 
@@ -43,12 +51,13 @@ class StepClock:
         pair_s: seconds that a row takes longer for every earlier token of its sequence.
     """
 
-    __slots__ = ("answers_s", "pair_s", "row_s")
+    __slots__ = ("_num_beside", "answers_s", "pair_s", "row_s")
 
     def __init__(self, answers_s: float, row_s: float, pair_s: float = 0.0) -> None:
         self.answers_s = answers_s
         self.row_s = row_s
         self.pair_s = pair_s
+        self._num_beside = 0
 
     @classmethod
     def predicted(cls, plan: Plan) -> StepClock:
@@ -73,14 +82,17 @@ class StepClock:
             position: tokens of the prompt that are computed already.
 
         Returns:
-            As many as make the step `AIM` times the usual, at least one, within `most`.
+            As many as make the step `AIM` times the usual, at least `LEAST_ROWS`, within `most`; 0 where it is time to
+            see what answers take alone.
         """
+        if self._num_beside >= ALONE_EVERY - 1:
+            return 0
         allowed_s = (AIM - 1) * self.answers_s
         first_s, growth_s = self.row_s + self.pair_s * position, self.pair_s / 2
         # rows x first + rows^2 x growth = allowed, solved without a difference of nearly equal numbers.
         root = math.sqrt(first_s * first_s + 4 * growth_s * allowed_s)
         rows = 2 * allowed_s / max(first_s + root, 1e-12)
-        return max(1, int(min(rows, most)))
+        return min(max(LEAST_ROWS, int(min(rows, most))), most)
 
     def note(self, seconds: float, *, num_answers: int, other_rows: int, pairs: int = 0) -> None:
         """Learn from a step.
@@ -91,6 +103,7 @@ class StepClock:
             other_rows: rows of prompts, and of guesses of answers.
             pairs: of these rows with earlier tokens of their sequences.
         """
+        self._num_beside = self._num_beside + 1 if num_answers and other_rows else 0
         if not other_rows:
             mean = self.answers_s
             self.answers_s = mean + NEWEST_SHARE * (min(seconds, MOST_SURPRISE * mean) - mean)
