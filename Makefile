@@ -10,7 +10,7 @@ CPP_FILES = $(shell find src/dseek/ops/csrc -name '*.cpp' -o -name '*.h' -o -nam
 # The kernels are built by whatever cmake and ninja the environment holds; PATH goes first so that both are found.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help venv dev native run test browser cluster rows sanitized sanitize lint format flags bench clean
+.PHONY: help venv dev native run test browser cluster mooncake rows sanitized sanitize lint format flags bench clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -48,10 +48,9 @@ run: venv ## bring the embedded model, measure this machine, print the plan, ans
 	$(BIN)/dseek plan smollm2
 	$(BIN)/dseek generate smollm2 "$(PROMPT)"
 
-test: dev ## the tests, two files at a time; then those that watch terminals and clocks, alone
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
-	    --ignore tests/cli --ignore tests/hardware
-	$(BIN)/python -m pytest tests/cli tests/hardware
+test: dev ## the tests, two files at a time; then those that type into a terminal, alone
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/cli/test_chat.py
+	$(BIN)/python -m pytest tests/cli/test_chat.py
 
 browser: dev ## the web page in Chromium (installed by apt where it is missing and this is root)
 	command -v chromium >/dev/null || { [ "$$(id -u)" -eq 0 ] && apt-get update -qq && \
@@ -60,6 +59,12 @@ browser: dev ## the web page in Chromium (installed by apt where it is missing a
 
 cluster: dev ## what starts a Ray cluster, or nodes of a training in namespaces of their own (minutes; root)
 	$(BIN)/python -m pytest -m cluster tests/serve tests/train
+
+mooncake: dev ## the process group over Mooncake's transfer engine (installed here; libibverbs by apt where root may)
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable ".[rdma]"
+	ldconfig -p | grep -q libibverbs.so.1 || { [ "$$(id -u)" -eq 0 ] && apt-get update -qq && \
+	    apt-get install -y -qq --no-install-recommends libibverbs1 >/dev/null; }
+	$(BIN)/python -m pytest -m mooncake tests/parallel
 
 rows: dev ## run benchmark rows on their smallest sizes, to see that they work (minutes)
 	$(BIN)/python -m pytest -m rows tests/benchmarks

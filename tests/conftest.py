@@ -18,8 +18,8 @@ import pytest
 
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
-ONLY_WHERE_NAMED = ("rows", "sanitizer", "browser", "cluster")
-"""Markers of tests that need minutes, a build of their own, a browser, or several nodes."""
+ONLY_WHERE_NAMED = ("rows", "sanitizer", "browser", "cluster", "mooncake")
+"""Markers of tests that need minutes, a build of their own, a browser, several nodes, or another engine."""
 
 
 def _nothing_may_be_missing(report: Report) -> Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -37,7 +38,8 @@ def run_ranks(
             exists. What it returns must pickle (NumPy arrays, not tensors).
         arguments: further arguments.
         hang_s: seconds after which missing ranks are taken to hang.
-        backend: of the group; "dseek" is registered first, "dseek:tcp" is the same over TCP.
+        backend: of the group; "dseek" is registered first, "dseek:tcp" is the same over TCP, "dseek:mooncake" with
+            Mooncake's transfer engine, "dseek:double" with what stands for it in tests.
         may_die: ranks whose death is no failure; they return None.
 
     Returns:
@@ -110,6 +112,9 @@ def _run(
 
     torch.set_num_threads(1)
     backend, _, transport = backend.partition(":")
+    if transport == "double":
+        os.environ["ENGINE_DOUBLE"], transport = str(Path(store).parent), "mooncake"
+        sys.path.insert(0, str(Path(__file__).parent / "engine_double"))
     if backend == "dseek":
         os.environ["DSEEK_TRANSPORT"] = transport or "auto"
     from dseek.parallel.transport import shared_memory  # which registers the backend, too

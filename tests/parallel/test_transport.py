@@ -1,8 +1,9 @@
-"""The process group `dseek`: every operation against plain arithmetic, over shared memory and over TCP."""
+"""The process group `dseek`: every operation against plain arithmetic, over every transport."""
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,24 @@ import pytest
 import torch
 
 from dseek.core.errors import ConfigError
-from dseek.parallel.transport import native, reference
-from dseek.parallel.transport.meeting import host_id
+from dseek.parallel.transport import mooncake, native, reference
+from dseek.parallel.transport.meeting import Presence, host_id, one_sided_protocol
 from tests.parallel import transport_scenarios as scenarios
 from tests.parallel import transport_troubles as troubles
 from tests.parallel.distributed import RankError, run_ranks
 
-TRANSPORTS = [pytest.param("dseek", marks=pytest.mark.native), "dseek:tcp"]
-NAMES = {"dseek": "shared memory", "dseek:tcp": "TCP"}
+TRANSPORTS = [
+    pytest.param("dseek", marks=pytest.mark.native),
+    "dseek:tcp",
+    "dseek:double",
+    pytest.param("dseek:mooncake", marks=pytest.mark.mooncake),
+]
+NAMES = {
+    "dseek": "shared memory",
+    "dseek:tcp": "TCP",
+    "dseek:double": "Mooncake over TCP",
+    "dseek:mooncake": "Mooncake over TCP",
+}
 
 
 @pytest.mark.parametrize("backend", TRANSPORTS)
@@ -71,15 +82,54 @@ def test_ctrl_c_ends_a_wait() -> None:
     assert run_ranks(2, troubles.interrupt, backend="dseek") == [True, True]
 
 
-@pytest.mark.native
-def test_ddp_fsdp_tensor_parallel_and_dcp_run_unchanged(tmp_path: Path) -> None:
-    run_ranks(2, scenarios.train_in_every_way, str(tmp_path), backend="dseek")
+@pytest.mark.parametrize("backend", [TRANSPORTS[0], TRANSPORTS[3]])
+def test_ddp_fsdp_tensor_parallel_and_dcp_run_unchanged(backend: str, tmp_path: Path) -> None:
+    run_ranks(2, scenarios.train_in_every_way, str(tmp_path), backend=backend)
 
 
 def test_shared_memory_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSEEK_KERNELS", "torch")
     with pytest.raises(RankError, match="DSEEK_TRANSPORT is shared_memory, but a rank has no native kernels"):
         run_ranks(2, scenarios.do_without_kernels, backend="gloo")
+
+
+def test_an_engine_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mooncake.engine", None)  # type: ignore[arg-type]
+    assert not mooncake.is_installed()
+    with pytest.raises(ConfigError, match=r"cannot be loaded.*mooncake-transfer-engine-non-cuda.*DSEEK_TRANSPORT"):
+        mooncake.Mooncake("127.0.0.1", "tcp")
+    with pytest.raises(RankError, match=r"DSEEK_TRANSPORT is mooncake, but the ranks \[1\] cannot load"):
+        run_ranks(2, scenarios.do_without_an_engine, backend="gloo")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rdma", "engine", "protocol"),
+    [
+        ("auto", (True, True), (True, True), "rdma"),
+        ("auto", (True, False), (True, False), ""),
+        ("auto", (True, True), (True, False), ""),
+        ("mooncake", (True, True), (True, True), "rdma"),
+        ("mooncake", (True, False), (True, True), "tcp"),
+        ("tcp", (True, True), (False, False), ""),
+    ],
+)
+def test_memory_is_written_to_where_all_ranks_can(
+    wanted: str, rdma: tuple[bool, bool], engine: tuple[bool, bool], protocol: str
+) -> None:
+    ranks = [
+        Presence(
+            host=f"h{rank}",
+            pid=1,
+            has_kernels=True,
+            wanted=wanted,
+            has_rdma=rdma[rank],
+            has_engine=engine[rank],
+            address="10.0.0.1",
+            port=1,
+        )
+        for rank in range(2)
+    ]
+    assert one_sided_protocol(ranks) == protocol
 
 
 def test_a_host_is_the_same_for_its_processes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,14 @@ def do_without_kernels(rank: int, world_size: int) -> None:
     """Ask for shared memory where there are no kernels."""
     os.environ["DSEEK_KERNELS"], os.environ["DSEEK_TRANSPORT"] = "torch", "shared_memory"
     dist.new_group([0, 1], backend="dseek")
+
+
+def do_without_an_engine(rank: int, world_size: int) -> None:
+    """Ask for Mooncake's engine where one rank has what stands for it and the other nothing."""
+    sys.path[:0] = [] if rank else [str(Path(__file__).parent / "engine_double")]
+    sys.modules.update({"mooncake.engine": None} if rank else {})  # type: ignore[dict-item]
+    os.environ["DSEEK_TRANSPORT"] = "mooncake"
+    dist.new_group(backend="dseek")
 
 
 def train_in_every_way(rank: int, world_size: int, folder: str) -> None:

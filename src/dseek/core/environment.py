@@ -18,7 +18,7 @@ Value = str | int | Path | None
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 PRECISION_MODES = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
-TRANSPORTS = ("auto", "shared_memory", "tcp")
+TRANSPORTS = ("auto", "shared_memory", "mooncake", "tcp")
 KERNEL_VARIANTS = ("auto", "torch", "generic", "avx2", "avx512", "amx")
 
 

@@ -2,7 +2,8 @@
 
 Every rank tells the group's store its host, process and port. Ranks that all run on one host, with the kernels, share a
 memory segment: rank 0 makes an anonymous file (memfd), the others open it through /proc. No name of it exists anywhere,
-so whatever kills the processes, nothing is left behind. Any other group talks over TCP.
+so whatever kills the processes, nothing is left behind. Ranks that all have a device for RDMA, and the engine that
+drives it, write into each other's memory. Any other group talks over TCP.
 
 A host is known by its boot id together with the process and network namespaces: containers of one machine that cannot
 see each other's processes count as different hosts.
@@ -26,7 +27,7 @@ from torch._C._distributed_c10d import Store
 from dseek.core import environment
 from dseek.core.errors import ConfigError
 from dseek.core.logs import get_logger
-from dseek.parallel.transport import native
+from dseek.parallel.transport import mooncake, native
 from dseek.parallel.transport.base import Transport
 from dseek.parallel.transport.work import group_error
 
@@ -49,6 +50,10 @@ class Presence:
     """Whether the native kernels are there."""
     wanted: str
     """DSEEK_TRANSPORT."""
+    has_rdma: bool
+    """Whether the host has a device for RDMA."""
+    has_engine: bool
+    """Whether Mooncake's transfer engine is there; not looked for where nobody would use it."""
     address: str
     """Where it listens."""
     port: int
@@ -87,17 +92,21 @@ def meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> Transp
 
     Raises:
         GroupError: a rank did not come.
-        ConfigError: DSEEK_TRANSPORT asks for shared memory where there can be none, or the ranks disagree.
+        ConfigError: DSEEK_TRANSPORT asks for shared memory or Mooncake where there can be none, or the ranks disagree.
     """
+    from dseek.parallel.transport.one_sided import OneSidedTransport
     from dseek.parallel.transport.tcp import TcpTransport
 
     deadline = time.monotonic() + timeout.total_seconds()
     with listening() as listener:
+        wanted, has_rdma = environment.get("DSEEK_TRANSPORT"), mooncake.has_rdma()
         own = Presence(
             host=host_id(),
             pid=os.getpid(),
             has_kernels=native.module() is not None,
-            wanted=environment.get("DSEEK_TRANSPORT"),
+            wanted=wanted,
+            has_rdma=has_rdma,
+            has_engine=(wanted == "mooncake" or (wanted == "auto" and has_rdma)) and mooncake.is_installed(),
             address=_own_address(),
             port=listener.getsockname()[1],
         )
@@ -111,13 +120,42 @@ def meet(store: Store, rank: int, world_size: int, timeout: timedelta) -> Transp
                 "the ranks have different values of DSEEK_TRANSPORT: "
                 + ", ".join(presence.wanted for presence in everyone)
             )
-        if own.wanted != "tcp":
+        if own.wanted in ("auto", "shared_memory"):
             shared = _share(store, rank, everyone, token, deadline)
             if shared is not None:
                 return shared
         is_local = len({_network(presence.host) for presence in everyone}) == 1
         peers = [("127.0.0.1" if is_local else presence.address, presence.port) for presence in everyone]
-        return TcpTransport(listener, rank, peers, token, deadline)
+        protocol = one_sided_protocol(everyone)
+        if not protocol:
+            return TcpTransport(listener, rank, peers, token, deadline)
+        engine = mooncake.Mooncake(peers[rank][0], protocol)
+        return OneSidedTransport(listener, rank, peers, token, deadline, engine)
+
+
+def one_sided_protocol(everyone: list[Presence]) -> str:
+    """Choose how ranks write into each other's memory; all of them come to the same result.
+
+    Args:
+        everyone: what each rank tells of itself.
+
+    Returns:
+        "rdma", "tcp", or "" where they talk over sockets alone.
+
+    Raises:
+        ConfigError: DSEEK_TRANSPORT asks for the engine and a rank does not have it.
+    """
+    without = [rank for rank, presence in enumerate(everyone) if not presence.has_engine]
+    if everyone[0].wanted == "mooncake" and without:
+        raise ConfigError(
+            f"DSEEK_TRANSPORT is mooncake, but the ranks {without} cannot load Mooncake's transfer engine",
+            needed=f"{mooncake.NEEDED}, on every host",
+            remedy="install them, or set it to auto",
+        )
+    over_rdma = all(presence.has_rdma for presence in everyone)
+    if everyone[0].wanted == "mooncake":
+        return "rdma" if over_rdma else "tcp"
+    return "rdma" if over_rdma and not without else ""
 
 
 def _share(store: Store, rank: int, everyone: list[Presence], token: bytes, deadline: float) -> Transport | None:

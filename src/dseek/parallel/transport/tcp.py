@@ -29,6 +29,8 @@ _HELLO = struct.Struct("<16sIB")
 _FRAME = struct.Struct("<QB7xQ")
 _COLLECTIVE, _MESSAGES = 0, 1
 _OPERATIONS = ("barrier", "all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all")
+ADDRESSES = 1 << 7
+"""Added to an operation's code in frames that say where peers may write, before the operation's own."""
 _SMALL_BYTES = 32 << 10
 _CHUNK_BYTES = 1 << 20
 _HELLO_LIMIT_S = 10.0
@@ -151,18 +153,33 @@ class TcpTransport(Transport):
         if self._failure:
             raise group_error(f"an earlier operation of this group failed: {self._failure}")
         self._sequence += 1
-        code = _OPERATIONS.index(operation)
-        sending = {
-            peer: [memoryview(_FRAME.pack(self._sequence, code, x.nbytes)), _bytes(x)] for peer, x in given.items()
-        }
-        receiving = {peer: _Incoming(_bytes(x)) for peer, x in taken.items()}
         try:
-            self._move(sending, receiving, (self._sequence, code), time.monotonic() + timeout_s)
+            self._carry(_OPERATIONS.index(operation), given, taken, time.monotonic() + timeout_s)
         except BaseException as error:
             # Closing tells the peers, so that they do not wait for what will not come.
             self._failure = error.found if isinstance(error, GroupError) else type(error).__name__
             self.leave()
             raise
+
+    def _carry(
+        self, code: int, given: dict[int, torch.Tensor], taken: dict[int, torch.Tensor], deadline: float
+    ) -> None:
+        """Move one operation's bytes, by the sockets.
+
+        Args:
+            code: says which operation; peers must have the same one.
+            given: what goes to each rank.
+            taken: where what comes from each rank goes.
+            deadline: of `time.monotonic`.
+
+        Raises:
+            GroupError: a peer died, left, is silent or calls something else.
+        """
+        sending = {
+            peer: [memoryview(_FRAME.pack(self._sequence, code, x.nbytes)), _bytes(x)] for peer, x in given.items()
+        }
+        receiving = {peer: _Incoming(_bytes(x)) for peer, x in taken.items()}
+        self._move(sending, receiving, (self._sequence, code), deadline)
 
     def _move(
         self,
@@ -218,11 +235,17 @@ class _Incoming:
     def _check(self, peer: int, expected: tuple[int, int]) -> None:
         sequence, code, num_bytes = _FRAME.unpack(self._frame)
         if (sequence, code) != expected or num_bytes != len(self._target):
-            named = _OPERATIONS[code] if code < len(_OPERATIONS) else f"operation {code}"
             raise group_error(
-                f"rank {peer} calls {named} number {sequence} with {num_bytes} bytes, this rank "
-                f"{_OPERATIONS[expected[1]]} number {expected[0]} with {len(self._target)}"
+                f"rank {peer} calls {_named(code)} number {sequence} with {num_bytes} bytes, this rank "
+                f"{_named(expected[1])} number {expected[0]} with {len(self._target)}"
             )
+
+
+def _named(code: int) -> str:
+    """The operation of a frame."""
+    known = code & ~ADDRESSES
+    name = _OPERATIONS[known] if known < len(_OPERATIONS) else f"operation {known}"
+    return f"{name} (where to write)" if code & ADDRESSES else name
 
 
 def read_some(link: socket.socket, target: memoryview, peer: int) -> int:
