@@ -7,12 +7,14 @@ what is compared is the same training. The texts are the standard library's, of 
 from __future__ import annotations
 
 import statistics
+import tempfile
 from typing import Any
 
 from benchmarks import models, standard_library
 from benchmarks.contest import alternate, median_of, spread_of
 from benchmarks.errors import IncorrectError
 from benchmarks.peers.client import PeerProcess
+from benchmarks.ranks import on_ranks
 from benchmarks.result import Outcome, ratio_to_bar
 from benchmarks.rows import Settings
 
@@ -21,21 +23,62 @@ MAX_LOSS_ERROR = 2e-3
 """Largest relative difference of a step's loss."""
 MEMORY_BAR = 0.10
 """Largest error of a predicted peak."""
+ONE_PROCESS_BAR, SHARE_BAR, NUM_RANKS = 1.8, 0.35, 4
+"""Least ratio of the peaks on one process; most that a rank of so many may hold of weights, gradients and state."""
 
 
 def finetune_memory(settings: Settings) -> Outcome:
-    """Peak memory with all blocks computed twice in both; in dseek the head is computed in chunks, as it decides."""
-    config = _config(settings, rows=settings.pick(4, 1), tokens=settings.pick(1024, 64), steps=2)
-    config["memory"] = {"gradient_checkpointing": True}
-    answers = _in_turn(settings, config, rounds=settings.pick(3, 1))
+    """Peak memory of one sequence a step, in dseek with blocks computed twice and the head in chunks, in plain PyTorch
+    without either; and what a rank of four holds with ZeRO 3.
+    """
+    config = _config(settings, rows=1, tokens=settings.pick(4096, 64), steps=2)
+    memories = {OWN: {"gradient_checkpointing": True}, PEER: {"gradient_checkpointing": False}}
+    answers = _in_turn(settings, config, memories, rounds=settings.pick(2, 1))
     own, peer = (median_of(answers[name], "peak_bytes") for name in (OWN, PEER))
+    sharded = _config(settings, rows=1, tokens=settings.pick(256, 64), steps=2)
+    shares = on_ranks(NUM_RANKS, _zero_3_shares, sharded)
     return Outcome(
         value=own / peer,
         unit="fraction",
-        ratio=peer / own,
-        peer="transformers Trainer",
-        details={name: spread_of(given, "peak_bytes") for name, given in answers.items()},
+        ratio=min(peer / own / ONE_PROCESS_BAR, ratio_to_bar(SHARE_BAR, max(shares.values()))),
+        peer="transformers Trainer, nothing computed twice",
+        details={
+            "ratio_of_peaks": peer / own,
+            "zero_3_shares_of_4": shares,
+            **{name: spread_of(given, "peak_bytes") for name, given in answers.items()},
+        },
     )
+
+
+def _zero_3_shares(config: dict[str, Any]) -> dict[str, float]:
+    """Train on this rank; the largest share of the whole that any rank holds when the optimiser steps."""
+    import torch
+    import torch.distributed as dist
+
+    from dseek.core.config import from_mapping
+    from dseek.train.config import TrainConfig
+    from dseek.train.run import ready, train
+    from dseek.train.shards import local
+
+    own: dict[str, int] = {}
+
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Add up the bytes here and in all; the state exists from the first step on."""
+        learned = [x for group in optimizer.param_groups for x in group["params"]]
+        gradients = [x.grad for x in learned if x.grad is not None]
+        state = [x for parts in optimizer.state.values() for x in parts.values() if x.dim()]
+        for name, tensors in (("weights", learned), ("gradients", gradients), ("state", state)):
+            own[name] = sum(local(x).nbytes for x in tensors)
+            own[f"all {name}"] = sum(x.nbytes for x in tensors)
+
+    with tempfile.TemporaryDirectory() as folder:
+        memory = {"gradient_checkpointing": False, "shard_strategy": "zero3"}
+        run = from_mapping(TrainConfig, config | {"output_dir": folder, "device": "cpu", "memory": memory})
+        with ready(run) as training:
+            train(training, lambda *_: None, on_ready=lambda it: it.optimizer.register_step_pre_hook(count))
+    held: list[dict[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(held, own)
+    return {name: max(one[name] / one[f"all {name}"] for one in held) for name in ("weights", "gradients", "state")}
 
 
 def finetune_speed(settings: Settings) -> Outcome:
@@ -43,7 +86,7 @@ def finetune_speed(settings: Settings) -> Outcome:
     steps = settings.pick(4, 2)
     config = _config(settings, rows=settings.pick(4, 1), tokens=settings.pick(512, 64), steps=steps)
     config["memory"] = {"gradient_checkpointing": False}
-    answers = _in_turn(settings, config, rounds=settings.rounds)
+    answers = _in_turn(settings, config, {}, rounds=settings.rounds)
     for given in answers.values():
         for answer in given:
             answer["steady_s"] = statistics.median(answer["step_s"][1:])
@@ -65,6 +108,11 @@ def plan_train_memory(settings: Settings) -> Outcome:
         "8-bit moments": {"optim": "adamw_8bit", "memory": {"gradient_checkpointing": 15}},
         "moments on disk": {"memory": {"gradient_checkpointing": True, "offload_optimizer": "disk"}},
         "LoRA": {"method": "lora", "memory": {"gradient_checkpointing": False}},
+        "four batches a step": {"gradient_accumulation_steps": 4, "memory": {"gradient_checkpointing": False}},
+        "four batches a step, blocks computed twice": {
+            "gradient_accumulation_steps": 4,
+            "memory": {"gradient_checkpointing": True},
+        },
     }
     plain = _config(settings, rows=2, tokens=settings.pick(512, 64), steps=2)
     found = {}
@@ -91,8 +139,12 @@ def _config(settings: Settings, *, rows: int, tokens: int, steps: int) -> dict[s
     }
 
 
-def _in_turn(settings: Settings, config: dict[str, Any], *, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    calls = {name: (lambda _, name=name: _train(settings, name, config)) for name in (OWN, PEER)}
+def _in_turn(
+    settings: Settings, config: dict[str, Any], memories: dict[str, dict[str, Any]], *, rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Train with both engines in turn, where `memories` says so each with its own settings of memory."""
+    configs = {name: config | ({"memory": memories[name]} if memories else {}) for name in (OWN, PEER)}
+    calls = {name: (lambda _, name=name: _train(settings, name, configs[name])) for name in (OWN, PEER)}
     answers = alternate(calls, rounds=rounds, warm_ups=0)
     expected = answers[PEER][0]["losses"]
     for name, given in answers.items():

@@ -34,7 +34,7 @@ def has_rdma() -> bool:
 
 
 def is_installed() -> bool:
-    """Say whether the engine can be loaded; what it prints on standard error at a start is left out."""
+    """Say whether the engine can be loaded."""
     try:
         _module()
     except ConfigError:
