@@ -343,7 +343,8 @@ ALL = (
     ),
     Row(
         name="recovery",
-        claim="From the kill of one of two ranks of `dseek train` to its next step, bit-equal afterwards; bar 15 s",
+        claim="From the kill of one of two ranks of `dseek train` to its next step, the longest of 20 kills of either "
+        "rank after steps that are drawn, bit-equal afterwards; bar 15 s",
         place="checkpoints:recovery",
         quick=True,
     ),
@@ -356,8 +357,8 @@ ALL = (
     ),
     Row(
         name="availability",
-        claim="Share of the time in which a training of two nodes makes lasting steps, simulated with a failure a node "
-        "and day and the recoveries that `recovery` measured; bar 99.97 %",
+        claim="Share of the time in which a training of two nodes makes lasting steps, simulated with one failure "
+        "of a node a day and the recoveries that `recovery` measured; bar 99.97 %",
         place="availability:availability",
         quick=True,
     ),
