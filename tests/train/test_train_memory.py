@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -219,3 +222,30 @@ def test_sizes_are_read() -> None:
     for text in ("", "GB", "-1GB", "1XB", "0"):
         with pytest.raises(ConfigError):
             read_size(text)
+
+
+_FREE_ALL_BUT_ONE = """
+import sys, torch
+from dseek.train.memory import give_freed_memory_back, process_bytes
+if sys.argv[1] == "back":
+    give_freed_memory_back()
+torch.ones(6 << 20)  # 24 MiB that come and go: from now on smaller blocks lie in the heap
+blocks = [torch.ones(1 << 19) for _ in range(64)]
+before = process_bytes()
+del blocks[:-1]  # the newest keeps the heap from shrinking
+print(before - process_bytes())
+"""
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="another C library than glibc")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+
+    def given_back(word: str) -> int:
+        command = [sys.executable, "-c", _FREE_ALL_BUT_ONE, word]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return int(run.stdout)
+
+    most = 63 * (2 << 20)
+    assert given_back("back") > 0.9 * most
+    assert given_back("no") < 0.5 * most

@@ -12,7 +12,7 @@ from dseek.core.errors import ConfigError
 from dseek.plan.training import TrainingChoice
 from dseek.train.config import TrainConfig
 from dseek.train.faults import Fault
-from dseek.train.memory import choose, peak_bytes, reset_peak
+from dseek.train.memory import choose, give_freed_memory_back, peak_bytes, reset_peak
 from dseek.train.model_source import ModelSource
 from dseek.train.preparation import MemoryChoice
 from dseek.train.processes import Processes
@@ -51,6 +51,7 @@ def ready(config: TrainConfig) -> Iterator[Ready]:
         raise ConfigError('method is "gate"', needed="full or lora", remedy="use `dseek train`, which trains gates too")
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    give_freed_memory_back()
     processes = Processes(config)
     source = ModelSource(config)
     try:
