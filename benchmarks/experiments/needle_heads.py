@@ -125,14 +125,16 @@ def answer(
     return bool((logits_AV.argmax(-1) == target_A).all()), float(likelihood)
 
 
-def examine(decoder: Decoder, selections: list[Selection], trial: Trial, counts: dict[str, Counter[Head]]) -> None:
+def examine(
+    decoder: Decoder, selections: list[Selection], trial: Trial, counts: dict[str, Counter[Head]] | None
+) -> None:
     """Print what one prompt hangs on.
 
     Args:
         decoder: in float32.
         selections: one a layer.
         trial: the prompt.
-        counts: raised for every head that brings the answer back, by how it attends.
+        counts: raised for every head that brings the answer back, by how it attends; None tries no heads.
     """
     prompt = read(decoder, trial)
     heads = [(layer, group) for layer, past in enumerate(prompt.layers) for group in range(past[0].shape[1])]
@@ -141,7 +143,7 @@ def examine(decoder: Decoder, selections: list[Selection], trial: Trial, counts:
         f"{name or 'dense'} {'yes' if right else 'no'} ({value:.1f})" for name, (right, value) in found.items()
     )
     print(f"{trial.needle.name}, {trial.length} tokens, depth {trial.depth}: {said}", flush=True)
-    if not found[None][0] or found["gate"][0]:
+    if counts is None or not found[None][0] or found["gate"][0]:
         return
     for name, way in (("everything", None), ("true masses", "true masses")):
         tried = {head: answer(decoder, selections, prompt, "gate", {head: way}) for head in _shown(heads, name)}
@@ -164,8 +166,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, default=LENGTHS, metavar="N")
     parser.add_argument("--names", nargs="+", metavar="NAME", help="of the needles (default: all)")
+    parser.add_argument("--share", type=float, default=Budget().min_share, help="least share (default: %(default)s)")
+    parser.add_argument("--answers-only", action="store_true", help="try no heads one by one")
     arguments = parser.parse_args()
-    budget = Budget()
+    budget = Budget(min_share=arguments.share)
     trials = make_trials(LENGTHS, DEPTHS, NEEDLES)
     with open_model(models.own_path(MODEL)) as files:
         gates = find_gates(files)
@@ -180,9 +184,10 @@ def main() -> int:
     counts: dict[str, Counter[Head]] = {"everything": Counter(), "true masses": Counter()}
     for trial in trials:
         if trial.length in arguments.lengths and (not arguments.names or trial.needle.name in arguments.names):
-            examine(decoder, selections, trial, counts)
-    for name, found in counts.items():
-        print(f"answers that one head brings back by {name}: {dict(found.most_common(12))}")
+            examine(decoder, selections, trial, None if arguments.answers_only else counts)
+    if not arguments.answers_only:
+        for name, found in counts.items():
+            print(f"answers that one head brings back by {name}: {dict(found.most_common(12))}")
     return 0
 
 
