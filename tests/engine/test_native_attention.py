@@ -87,6 +87,19 @@ def test_decode_and_any_chunks_equal_prefill(folder: Path, name: str) -> None:
         np.testing.assert_allclose(logits_of(folder, plan, chunk, ids), whole, atol=TOLERANCE, err_msg=f"chunk {chunk}")
 
 
+@pytest.mark.parametrize("num_tokens", [5, 100])
+@pytest.mark.parametrize(("cache_dtype", "share"), [("bf16", 0.01), ("int8", 0.04)])
+def test_narrow_caches_hold_what_wide_ones_do(folder: Path, cache_dtype: str, share: float, num_tokens: int) -> None:
+    # The last page is partly filled: what no token was written to, scales of 0 among it, must count for nothing.
+    plan = make_plan(folder, DENSE)
+    ids = tiny.token_ids(num_tokens, seed=11)
+    wide = logits_of(folder, plan, 256, ids)
+    for chunk in (1, 19, 256):
+        narrow = logits_of(folder, dataclasses.replace(plan, cache_dtype=cache_dtype), chunk, ids)
+        assert np.linalg.norm(narrow - wide) < share * np.linalg.norm(wide), f"chunk {chunk}"
+    assert np.abs(narrow - wide).max() > TOLERANCE, "the cache is narrower"
+
+
 def biased(folder: Path, levels: list[list[float]], target: Path) -> tuple[Path, list[torch.Tensor]]:
     """A copy of the model, beside it a gate that has biases of far cells: other ones in every layer and head."""
     shutil.copytree(folder, target)

@@ -142,7 +142,7 @@ void attention_strips(const AttentionCall& call) {
     const CacheLayout& layout = *call.layout;
     const int d = layout.head_dim;
     constexpr size_t kScoreBytes = kStrip * kPageTokens * 4, kWeightBytes = kStrip * kPageTokens * 2;
-    const StripStates states(call, kScoreBytes + kWeightBytes + static_cast<size_t>(d) * kPageTokens * 4);
+    const StripStates states(call, kScoreBytes + kWeightBytes + WidePage::room_bytes(d));
     auto* scores = reinterpret_cast<float*>(states.extra());
     auto* weights = reinterpret_cast<uint16_t*>(states.extra() + kScoreBytes);
     auto* wide = reinterpret_cast<uint16_t*>(states.extra() + kScoreBytes + kWeightBytes);

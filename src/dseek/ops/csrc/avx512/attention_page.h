@@ -14,9 +14,13 @@ namespace DSEEK_VARIANT {
 
 // Score of a key that a query may not see, and the least value that a running maximum takes. Both are finite, so that
 // differences are never NaN, and they lie so far apart that a hidden key's weight is exactly 0 even in a row that has
-// met no other.
-constexpr float kMasked = -1e30f;
+// met no other, and even where a key's scale is multiplied in afterwards, which is never below kLeastScale.
+constexpr float kMasked = -1e37f;
 constexpr float kLeastMaximum = -1e20f;
+
+// An int8 key with a smaller scale adds nothing to a score that fp32 could hold beside others, and one of zeros, or a
+// slot that no token was written to, has the scale 0, which would make a hidden key's score 0.
+constexpr float kLeastScale = 1e-14f;
 
 // 32 int8 values, in order, as 32 bf16 values (exact).
 inline __m512i widen_int8(const int8_t* source) {
@@ -32,12 +36,15 @@ inline void widen_int8_page(const int8_t* source, size_t count, uint16_t* out) {
 
 // One page in bf16, with the factors that int8 leaves to be applied.
 struct WidePage {
+    static size_t room_bytes(int head_dim) { return static_cast<size_t>(head_dim) * kPageTokens * 4 + kPageTokens * 4; }
+
     const uint16_t* keys;
     const uint16_t* values;
     const float* key_scales;    // null for bf16
     const float* value_scales;  // null for bf16
 
     WidePage() = default;
+    // `room` holds what is widened, of the size `room_bytes` says.
     WidePage(const CacheLayout& layout, const uint8_t* page, uint16_t* room) {
         keys = reinterpret_cast<const uint16_t*>(page);
         values = reinterpret_cast<const uint16_t*>(page + layout.value_offset);
@@ -47,8 +54,14 @@ struct WidePage {
         widen_int8_page(reinterpret_cast<const int8_t*>(page), 2 * count, room);
         keys = room;
         values = room + count;
-        key_scales = reinterpret_cast<const float*>(page + layout.scale_offset);
-        value_scales = key_scales + kPageTokens;
+        const auto* scales = reinterpret_cast<const float*>(page + layout.scale_offset);
+        auto* not_zero = reinterpret_cast<float*>(room + 2 * count);
+        for (int slot = 0; slot < kPageTokens; slot += 16) {
+            const __m512 least = _mm512_set1_ps(kLeastScale);
+            _mm512_storeu_ps(not_zero + slot, _mm512_max_ps(_mm512_loadu_ps(scales + slot), least));
+        }
+        key_scales = not_zero;
+        value_scales = scales + kPageTokens;
     }
 };
 
