@@ -54,24 +54,46 @@ def needle(settings: Settings) -> Outcome:
     facts: dict[str, Any] = {}
     skipped: list[float] = []
     for name, wish in (("dense", DENSE), ("dynamic", dynamic_wish(budget))):
-        # The depths share a haystack: what lies before the needle need not be computed again.
-        with attending(settings, name, wish | {"prefix_cache": True}, max(lengths)) as (process, facts[name]):
-            answers: list[dict[str, Any]] = []
-            for index, trial in enumerate(trials):
-                answer = process.call("generate", token_ids=trial.prompt, num_tokens=len(trial.answer))
-                answers.append({**answer, "prompt_idx": index})
-            if name == "dynamic":
-                for trial in trials[:: len(depths)]:
-                    process.call("nll", token_ids=trial.prompt, window=len(trial.prompt))
-                    skipped += process.call("skipped", firsts=[0])["shares"]
-            process.freeze()
-            found[name] = [answer["token_ids"] == trial.answer for answer, trial in zip(answers, trials, strict=True)]
-            if name == "dense":
-                prompts = [trial.prompt for trial in trials]
-                facts[name] |= checks.check_answers(
-                    MODEL, prompts, {"dseek dense": answers}, "dseek dense", threads=settings.threads
-                )
+        answers, facts[name], shares = ask(settings, name, wish, trials)
+        found[name] = [answer["token_ids"] == trial.answer for answer, trial in zip(answers, trials, strict=True)]
+        if name == "dynamic":
+            skipped = shares
+        else:
+            prompts = [trial.prompt for trial in trials]
+            facts[name] |= checks.check_answers(
+                MODEL, prompts, {"dseek dense": answers}, "dseek dense", threads=settings.threads
+            )
     return _outcome(trials, found, skipped, {"budget": asdict(budget), "checks": facts})
+
+
+def ask(
+    settings: Settings, name: str, wish: dict[str, Any], trials: Sequence[Trial]
+) -> tuple[list[dict[str, Any]], dict[str, Any], list[float]]:
+    """Answer every prompt with one way of attending.
+
+    Args:
+        settings: threads.
+        name: of the way.
+        wish: keyword arguments of `dseek.load`.
+        trials: the prompts, those of a haystack one after the other.
+
+    Returns:
+        An answer a prompt (`token_ids`, `prompt_idx`), what the worker says of its attention, and the share of the
+        causal pairs that was skipped in one prompt of each haystack.
+    """
+    # The depths share a haystack: what lies before the needle need not be computed again.
+    longest = max(trial.length for trial in trials)
+    with attending(settings, name, wish | {"prefix_cache": True}, longest) as (process, facts):
+        answers: list[dict[str, Any]] = []
+        for index, trial in enumerate(trials):
+            answer = process.call("generate", token_ids=trial.prompt, num_tokens=len(trial.answer))
+            answers.append({**answer, "prompt_idx": index})
+        skipped: list[float] = []
+        for trial in {(trial.length, trial.needle.name): trial for trial in trials}.values():
+            process.call("nll", token_ids=trial.prompt, window=len(trial.prompt))
+            skipped += process.call("skipped", firsts=[0])["shares"]
+        process.freeze()
+    return answers, facts, skipped
 
 
 def make_trials(lengths: Sequence[int], depths: Sequence[float], num_needles: int) -> list[Trial]:

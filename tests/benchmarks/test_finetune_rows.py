@@ -26,7 +26,7 @@ def test_another_loss_is_red(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(finetune, "_train", train)
     with pytest.raises(IncorrectError, match="dseek: losses"):
-        finetune._in_turn(SMOKE, {}, rounds=1)
+        finetune._in_turn(SMOKE, {}, {}, rounds=1)
     monkeypatch.setattr(finetune, "_train", lambda *_: {"losses": [float("nan")]})
     with pytest.raises(IncorrectError):
-        finetune._in_turn(SMOKE, {}, rounds=1)
+        finetune._in_turn(SMOKE, {}, {}, rounds=1)
