@@ -215,6 +215,16 @@ def overlap(rank: int, world_size: int) -> None:
     private = torch.full((150_001,), -1.0)
     dist.broadcast(shared if rank == 1 else private, 1)
     same(shared if rank == 1 else private, torch.full((150_001,), 1.0))
+    # Both mapped: the giver and the takers copy; in three parts and a rest where there are three ranks.
+    theirs = the_group().empty_shared(150_001)
+    for source in (shared, theirs):
+        shared.fill_(rank)
+        theirs.copy_(torch.arange(150_001.0) * (rank + 2))
+        given = source if rank == 1 else (theirs if source is shared else shared)
+        expected = torch.full_like(shared, 1.0) if source is shared else torch.arange(150_001.0) * 3
+        dist.broadcast(given, 1)
+        same(given, expected)
+        dist.barrier()
     parts = the_group().empty_shared(world_size, 100_000)
     parts.copy_(torch.arange(world_size)[:, None].expand_as(parts) + rank)
     out = torch.empty(100_000)
@@ -225,10 +235,35 @@ def overlap(rank: int, world_size: int) -> None:
     same(gathered, torch.arange(0, 2 * world_size, 2.0)[:, None].expand_as(gathered).contiguous())
 
 
+def hand_over(rank: int, world_size: int) -> None:
+    """A tensor that a rank gives to the others, where it lies and where it cannot be read there."""
+    mine = the_group().empty_shared(3, 50_001, dtype=torch.bfloat16)
+    mine.fill_(rank)
+    for root in range(world_size):
+        given = the_group().hand_over(mine[1:], root)
+        same(given, torch.full((2, 50_001), float(root), dtype=torch.bfloat16))
+        is_theirs = the_group().transport.name == "shared memory" and rank != root
+        assert (given.data_ptr() != mine[1:].data_ptr()) == is_theirs
+        dist.barrier()
+        mine.fill_(rank + 0.5)
+        dist.barrier()
+        now = (root if is_theirs else rank) + 0.5
+        same(given, torch.full((2, 50_001), now, dtype=torch.bfloat16))
+        dist.barrier()
+        mine.fill_(rank)
+        dist.barrier()
+    ordinary = torch.full((50_001,), float(rank))
+    filled = the_group().hand_over(ordinary, 1)
+    assert filled is ordinary
+    same(ordinary, torch.full((50_001,), 1.0))
+    with pytest.raises(ConfigError, match="a contiguous one"):
+        the_group().hand_over(torch.empty(4, 4).T, 0)
+
+
 def do_everything(rank: int, world_size: int) -> str:
     """All operations, one after the other in one group."""
     name = reduce_everything(rank, world_size)
-    for scenario in (move_everything, move_odd_things, send_messages, overlap):
+    for scenario in (move_everything, move_odd_things, send_messages, overlap, hand_over):
         scenario(rank, world_size)
         dist.barrier()
     return name

@@ -17,14 +17,18 @@ from dseek.parallel.transport import GroupError
 
 def interrupt(rank: int, world_size: int) -> bool:
     """Ctrl-C on a rank that waits."""
+    store = dist.distributed_c10d._get_default_store()
     if rank == 0:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             dist.barrier()
+        store.set("interrupted", "")
+        store.wait(["told"])
     else:
-        time.sleep(1.0)
+        store.wait(["interrupted"])
         with pytest.raises(GroupError, match="rank 0 gave up"):
             dist.barrier()
+        store.set("told", "")
     dist.destroy_process_group()
     return True
 

@@ -215,6 +215,16 @@ void Segment::broadcast(uint8_t* data, size_t num_bytes, int root) {
     if (num_blocks > 1) {
         meet();
         compare_announcements();
+        if (const std::vector<uint8_t*> shared = shared_tensors(); !shared.empty()) {
+            // The giver has a processor, too: of every taker's tensor it writes the first share.
+            const size_t given = num_bytes / world_size_ / kLine * kLine;
+            for (int rank = 0; rank < world_size_ && rank_ == root; ++rank) {
+                if (rank != root) copy_bytes(shared[rank], data, given, far);
+            }
+            if (rank_ != root) copy_bytes(data + given, shared[root] + given, num_bytes - given, far);
+            meet();
+            return;
+        }
         const Announcement& given = announcement_of(root);
         if (given.region >= 0 && given.region < static_cast<int64_t>(regions_.size()) &&
             given.offset + num_bytes <= regions_[given.region].num_bytes) {

@@ -8,7 +8,8 @@ on every rank and by any transport. A peer that dies is an error, not a hang.
 It holds tensors of the CPU only; for CUDA take nccl.
 """
 
-from dseek.parallel.transport.group import TransportGroup, register
+from dseek.parallel.transport.group import TransportGroup
+from dseek.parallel.transport.registration import register
 from dseek.parallel.transport.staging import BACKEND_NAME
 from dseek.parallel.transport.work import GroupError
 

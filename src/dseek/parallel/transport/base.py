@@ -103,6 +103,20 @@ class Transport(ABC):
         """
         return None
 
+    def hand_over(self, x: torch.Tensor, root: int, timeout_s: float) -> torch.Tensor:
+        """Give rank `root`'s tensor to all: where it lies if they can read it there, else in their own `x`.
+
+        Args:
+            x: contiguous, of one size on every rank; only the giver's is read.
+            root: the giver.
+            timeout_s: how long to wait for a silent peer.
+
+        Returns:
+            The giver's tensor, or `x` with its values.
+        """
+        self.broadcast(x, root, timeout_s)
+        return x
+
     @abstractmethod
     def set_message_timeout(self, timeout_s: float) -> None:
         """Let messages of a silent peer fail after `timeout_s`."""

@@ -8,13 +8,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import AllgatherOptions, Store
+from torch._C._distributed_c10d import AllgatherOptions
 
 from dseek.core.errors import ConfigError
 from dseek.parallel.transport.base import Transport
-from dseek.parallel.transport.meeting import meet
 from dseek.parallel.transport.native import reducible
-from dseek.parallel.transport.staging import BACKEND_NAME, Staged, check_gathered, cut, fill
+from dseek.parallel.transport.staging import BACKEND_NAME, Staged, check_gathered, cut, fill, split
 from dseek.parallel.transport.work import InOrder, Mail, TransportWork
 
 _TAG_MASK = (1 << 32) - 1
@@ -23,9 +22,8 @@ _TAG_MASK = (1 << 32) - 1
 class TransportGroup(dist.ProcessGroup):
     """The ranks of one group over one transport.
 
-    The methods are those of `torch.distributed.ProcessGroup`, called by its functions and by DDP, FSDP2 and DTensor; a
-    program calls `torch.distributed.all_reduce` and its like. Tensors are of any layout: one that is not contiguous is
-    copied before, and filled after the operation.
+    The methods are those of `torch.distributed.ProcessGroup`, called by its functions, DDP, FSDP2 and DTensor. Tensors
+    are of any layout: one that is not contiguous is copied before, and filled after the operation.
     """
 
     def __init__(self, transport: Transport, timeout: timedelta) -> None:
@@ -172,7 +170,7 @@ class TransportGroup(dist.ProcessGroup):
         timeout_s = self._limit(opts.timeout)
         sources = [Staged(one, is_read=True) for one in inputs]
         outs = [Staged(one, is_read=False) for one in outputs]
-        parts = [self._split(out.flat, source.flat) for out, source in zip(outs, sources, strict=True)]
+        parts = [split(out.flat, source.flat, self.size()) for out, source in zip(outs, sources, strict=True)]
 
         def call() -> None:
             for source, part in zip(sources, parts, strict=True):
@@ -235,7 +233,7 @@ class TransportGroup(dist.ProcessGroup):
         calls = []
         for out, source in zip(outs, sources, strict=True):
             target, reduction = reducible(out.flat, opts.reduceOp)
-            parts = self._split(reducible(source.flat, opts.reduceOp)[0], target)
+            parts = split(reducible(source.flat, opts.reduceOp)[0], target, self.size())
             calls.append((parts, target, reduction))
 
         def call() -> None:
@@ -348,12 +346,33 @@ class TransportGroup(dist.ProcessGroup):
         """
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
         found: list[torch.Tensor | None] = []
-        work = self._start(
-            lambda: found.append(self.transport.empty_shared(num_bytes, self._timeout_s)), [], is_async=False
-        )
-        work.wait()
+        self._start(lambda: found.append(self.transport.empty_shared(num_bytes, self._timeout_s)), [], False).wait()
         memory = found[0]
         return torch.empty(shape, dtype=dtype) if memory is None else memory.view(dtype).view(shape)
+
+    def hand_over(self, x: torch.Tensor, src: int) -> torch.Tensor:
+        """Give one rank's tensor to all of them without a copy, where it is from `empty_shared`. All ranks call this.
+
+        The giver must not change it until all take part in another operation (a barrier, the next tensor), by which the
+        others say that they have read it; they never change it.
+
+        Args:
+            x: contiguous [...], of one shape and dtype on every rank; only the giver's values count. In ordinary
+                memory, or where the ranks are not all on one host, it is filled on the others, as by `broadcast`.
+            src: rank in this group of the giver.
+
+        Returns:
+            On `src` x; on the others the giver's tensor, to be read, or their own x with its values.
+
+        Raises:
+            ConfigError: x is not contiguous.
+        """
+        if not x.is_contiguous():
+            raise ConfigError(f"a tensor with strides {x.stride()} is handed over", needed="a contiguous one")
+        found: list[torch.Tensor] = []
+        work = self._start(lambda: found.append(self.transport.hand_over(x, src, self._timeout_s)), [x], is_async=False)
+        work.wait()
+        return found[0]
 
     def shutdown(self) -> None:
         """Leave the group; peers that still wait for this rank get an error."""
@@ -379,21 +398,3 @@ class TransportGroup(dist.ProcessGroup):
     def _limit(self, timeout: timedelta) -> float:
         """Seconds of an operation's own timeout, or the group's where it has none."""
         return timeout.total_seconds() if timeout > timedelta(0) else self._timeout_s
-
-    def _split(self, whole: torch.Tensor, part: torch.Tensor) -> list[torch.Tensor]:
-        if whole.numel() != part.numel() * self.size() or whole.dtype != part.dtype:
-            raise ConfigError(
-                f"the tensors have {whole.numel()} elements of {whole.dtype} and {part.numel()} of {part.dtype}",
-                needed=f"one {self.size()} times the other, for {self.size()} ranks",
-            )
-        return list(whole.view(self.size(), -1).unbind(0))
-
-
-def _create(store: Store, rank: int, world_size: int, timeout: timedelta) -> TransportGroup:
-    return TransportGroup(meet(store, rank, world_size, timeout), timeout)
-
-
-def register() -> None:
-    """Make `torch.distributed.init_process_group("dseek")` work; calling it again does nothing."""
-    if BACKEND_NAME.upper() not in dist.Backend._plugins:
-        dist.Backend.register_backend(BACKEND_NAME, _create, devices=["cpu"])

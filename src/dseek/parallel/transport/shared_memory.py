@@ -106,7 +106,7 @@ class SharedMemoryTransport(Transport):
         finally:
             os.close(descriptor)
         self._messages: Any = module.Messages(self._segment)
-        self._regions: list[list[mmap.mmap]] = []
+        self._regions: list[list[torch.Tensor]] = []
 
     def barrier(self, timeout_s: float) -> None:
         self._segment.barrier(timeout_s, _is_main_thread())
@@ -167,8 +167,27 @@ class SharedMemoryTransport(Transport):
             os.close(descriptor)
         tensors = [torch.frombuffer(one, dtype=torch.uint8) for one in maps]
         self._segment.add_region([tensor.data_ptr() for tensor in tensors], num_mapped)
-        self._regions.append(maps)
+        self._regions.append(tensors)
         return tensors[self.rank][:num_bytes]
+
+    def hand_over(self, x: torch.Tensor, root: int, timeout_s: float) -> torch.Tensor:
+        places = torch.empty(self.world_size, 3, dtype=torch.int64)
+        self.all_gather(torch.tensor([*self._place_of(x), x.nbytes]), list(places), timeout_s)
+        region, offset, num_bytes = places[root].tolist()
+        if len(set(places[:, 2].tolist())) > 1:
+            raise RuntimeError(f"the ranks hand over different sizes: {places[:, 2].tolist()} bytes")
+        if region < 0:
+            return super().hand_over(x, root, timeout_s)
+        memory = self._regions[region][root][offset : offset + num_bytes]
+        return x if self.rank == root else memory.view(x.dtype).view(x.shape)
+
+    def _place_of(self, x: torch.Tensor) -> tuple[int, int]:
+        """Index of the region that holds a tensor and its offset there in bytes; (-1, 0) where none does."""
+        for index, region in enumerate(self._regions):
+            offset = x.data_ptr() - region[self.rank].data_ptr()
+            if 0 <= offset and offset + x.nbytes <= region[self.rank].nbytes:
+                return index, offset
+        return -1, 0
 
     def set_message_timeout(self, timeout_s: float) -> None:
         self._segment.message_timeout_s = timeout_s

@@ -92,3 +92,25 @@ def cut(flat: torch.Tensor, tensor: torch.Tensor, sizes: list[int], world_size: 
         raise ConfigError(f"the {what} of all_to_all_single has {rows} rows, its sizes are {sizes}")
     width = flat.numel() // rows if rows else 0
     return list(flat.split([size * width for size in sizes]))
+
+
+def split(whole: torch.Tensor, part: torch.Tensor, world_size: int) -> list[torch.Tensor]:
+    """Cut a tensor into equal parts, one a rank.
+
+    Args:
+        whole: flat.
+        part: flat, of the size and dtype that each part must have.
+        world_size: ranks of the group.
+
+    Returns:
+        The parts, flat.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    if whole.numel() != part.numel() * world_size or whole.dtype != part.dtype:
+        raise ConfigError(
+            f"the tensors have {whole.numel()} elements of {whole.dtype} and {part.numel()} of {part.dtype}",
+            needed=f"one {world_size} times the other, for {world_size} ranks",
+        )
+    return list(whole.view(world_size, -1).unbind(0))
