@@ -77,6 +77,17 @@ def test_destroying_a_group_does_not_wait_for_its_operations(backend: str) -> No
     assert max(run_ranks(2, troubles.leave_something_undone, backend=backend)) < 60
 
 
+@pytest.mark.parametrize("backend", TRANSPORTS)
+def test_a_message_that_nobody_took_fails_when_its_receiver_leaves(backend: str) -> None:
+    message, _ = run_ranks(2, troubles.offer_in_vain, backend=backend)
+    assert "rank 1" in message
+
+
+@pytest.mark.parametrize("backend", TRANSPORTS[2:])
+def test_large_messages_are_written_where_their_receiver_wants_them(backend: str) -> None:
+    assert run_ranks(2, scenarios.count_writes, backend=backend) == [[160_000, 280_000], []]
+
+
 @pytest.mark.native
 def test_ctrl_c_ends_a_wait() -> None:
     assert run_ranks(2, troubles.interrupt, backend="dseek") == [True, True]

@@ -179,11 +179,45 @@ def send_messages(rank: int, world_size: int) -> None:
     else:
         dist.send(torch.full((3,), float(rank)), 0)
     # Everybody sends before anybody receives.
-    send = dist.isend(torch.ones(3), after, tag=9)
-    with pytest.raises(GroupError, match=f"rank {before} sent 12 bytes with tag 9 where 16 were expected"):
-        dist.recv(torch.empty(4), before, tag=9)
-    send.wait()
+    for size in (3, 100_000):
+        send = dist.isend(torch.ones(size), after, tag=9)
+        with pytest.raises(GroupError, match=f"sent {4 * size} bytes with tag 9 where {4 * size + 4} were expected"):
+            dist.recv(torch.empty(size + 1), before, tag=9)
+        send.wait()
+    # Parts of one tensor that overlap, on their way and into places that lie side by side, beside a collective.
+    whole, places = torch.arange(200_000.0) + rank, torch.full((240_000,), -1.0)
+    sends = [dist.isend(whole[:120_000], after, tag=3), dist.isend(whole[80_000:], after, tag=4)]
+    total = whole[50_000:].clone()
+    work = dist.all_reduce(total, async_op=True)
+    dist.recv(places[120_000:], before, tag=4)
+    dist.recv(places[:120_000], before, tag=3)
+    for send in [*sends, work]:
+        assert send is not None
+        send.wait()
+    expected = torch.arange(200_000.0) + before
+    same(places, torch.cat([expected[:120_000], expected[80_000:]]))
+    same(total, torch.arange(50_000.0, 200_000.0) * world_size + world_size * (world_size - 1) / 2)
     dist.barrier()
+
+
+def count_writes(rank: int, world_size: int) -> list[int]:
+    """Bytes of each write that a rank makes for its messages, of which all but the small one are written."""
+    engine = the_group().transport._engine  # type: ignore[attr-defined]
+    written, write_all = [], engine.write_all
+
+    def counted(writes: dict[int, tuple[str, torch.Tensor, int]], deadline: float) -> None:
+        written.extend(x.nbytes for _, x, _ in writes.values())
+        write_all(writes, deadline)
+
+    engine.write_all = counted
+    for size in (50, 40_000, 70_000):
+        if rank == 0:
+            dist.send(torch.arange(float(size)), 1)
+        else:
+            x = torch.empty(size)
+            dist.recv(x, 0)
+            same(x, torch.arange(float(size)))
+    return written
 
 
 def overlap(rank: int, world_size: int) -> None:

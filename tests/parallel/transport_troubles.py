@@ -47,6 +47,21 @@ def leave_something_undone(rank: int, world_size: int) -> float:
     return time.monotonic() - start_s
 
 
+def offer_in_vain(rank: int, world_size: int) -> str:
+    """A message larger than all buffers that nobody asks for fails when its receiver leaves."""
+    message = dist.isend(torch.ones(8_000_000), 1) if rank == 0 else None
+    dist.barrier()
+    error = ""
+    if message is None:
+        dist.destroy_process_group()
+    else:
+        with pytest.raises(GroupError) as caught:
+            message.wait()
+        error = str(caught.value)
+        dist.destroy_process_group()
+    return error
+
+
 def disagree(rank: int, world_size: int) -> str:
     """Ranks that call different things are told so."""
     with pytest.raises(GroupError) as caught:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,36 +77,74 @@ class Mooncake:
                 remedy="see its own message above, or set DSEEK_TRANSPORT to tcp",
             )
         self.session = f"{address}:{self._engine.get_rpc_port()}"
+        self._lock = threading.Lock()  # collectives and messages have threads of their own
         self._kept: list[torch.Tensor] = []
+        self._num_users: dict[tuple[int, int], int] = {}
         self._abandoned: list[torch.Tensor] = []
 
     def keep_reachable(self, x: torch.Tensor) -> None:
         """Register the memory of a contiguous tensor `x` for the life of the engine."""
         if x.nbytes:
-            self._register(x)
-            self._kept.append(x)
+            with self._lock:
+                self._register(x)
+                self._kept.append(x)
 
     @contextmanager
-    def reachable(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Register the memory of contiguous tensors while the block runs.
-
-        Nothing is kept registered beyond that: the allocator may give the pages to somebody else.
+    def reachable(self, x: torch.Tensor, *, is_read: bool) -> Iterator[torch.Tensor]:
+        """Register memory while the block runs; see `reach`.
 
         Args:
-            tensors: each apart from the others or the same.
+            x: contiguous, on the CPU.
+            is_read: whether what it holds is needed.
+
+        Yields:
+            What `reach` returns.
+        """
+        reached = self.reach(x, is_read=is_read)
+        try:
+            yield reached
+        finally:
+            self.release(reached)
+
+    def reach(self, x: torch.Tensor, *, is_read: bool) -> torch.Tensor:
+        """Register the memory of a tensor until it is released.
+
+        Nothing is kept registered beyond that: the allocator may give the pages to somebody else. Regions may not
+        overlap; so where a part of this memory is registered for another operation, other memory stands in for it.
+
+        Args:
+            x: contiguous, on the CPU, not empty.
+            is_read: whether what it holds is needed.
+
+        Returns:
+            x, or a tensor like it, with its values if they are needed.
 
         Raises:
             GroupError: memory cannot be registered.
         """
-        with ExitStack() as stack:
-            done: set[int] = set()
-            for x in tensors:
-                if x.data_ptr() in done or any(_holds(kept, x) for kept in self._kept):
-                    continue
-                done.add(x.data_ptr())
+        with self._lock:
+            key = (x.data_ptr(), x.nbytes)
+            if any(_holds(kept, x) for kept in self._kept):
+                return x
+            if key not in self._num_users:
+                if any(begin < key[0] + key[1] and key[0] < begin + size for begin, size in self._num_users):
+                    x = x.clone() if is_read else torch.empty_like(x)
+                    key = (x.data_ptr(), x.nbytes)
                 self._register(x)
-                stack.callback(self._engine.unregister_memory, x.data_ptr())
-            yield
+                self._num_users[key] = 0
+            self._num_users[key] += 1
+            return x
+
+    def release(self, reached: torch.Tensor) -> None:
+        """Undo what `reach` did that returned `reached`."""
+        with self._lock:
+            key = (reached.data_ptr(), reached.nbytes)
+            if key not in self._num_users:  # registered for good
+                return
+            self._num_users[key] -= 1
+            if self._num_users[key] == 0:
+                del self._num_users[key]
+                self._engine.unregister_memory(key[0])
 
     def _register(self, x: torch.Tensor) -> None:
         status = self._engine.register_memory(x.data_ptr(), x.nbytes)

@@ -1,9 +1,9 @@
 """The transport between hosts that have RDMA: what is large is written straight into the peer's memory.
 
-Sockets carry what is small, whatever the ranks tell each other of an operation, and messages, as in `tcp`. A tensor
-from `LEAST_BYTES` on goes by Mooncake's transfer engine without a copy in between: its receiver registers the memory
-and says where it is, its sender registers its own, writes, and says that all has arrived. Reductions and their bits are
-those of the TCP transport.
+Sockets carry what is small and whatever the ranks tell each other of an operation, as in `tcp`. A tensor from
+`LEAST_BYTES` on goes by Mooncake's transfer engine without a copy in between: its receiver registers the memory and
+says where it is, its sender registers its own, writes, and says that all has arrived. Messages do so, too
+(`one_sided_messages`). Reductions and their bits are those of the TCP transport.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 
 from dseek.parallel.transport.mooncake import Mooncake
+from dseek.parallel.transport.one_sided_messages import LEAST_BYTES, OneSidedMessages
 from dseek.parallel.transport.tcp import ADDRESSES, TcpTransport
+from dseek.parallel.transport.tcp_messages import TcpMessages
 from dseek.parallel.transport.work import group_error
 
-LEAST_BYTES = 64 << 10
-"""Smaller parts fit in what a socket takes at once; telling where they may go would cost a round trip."""
 _PLACE = struct.Struct("<QQ")
 _SESSION_BYTES = 64
 
@@ -50,14 +51,18 @@ class OneSidedTransport(TcpTransport):
         Raises:
             GroupError: a peer did not come.
         """
+        self._engine = engine
+        self._sessions: list[str] = []
         super().__init__(listener, rank, peers, token, deadline)
         self.name = f"Mooncake over {engine.protocol.upper()}"
-        self._engine = engine
         own = torch.frombuffer(bytearray(engine.session.encode().ljust(_SESSION_BYTES, b"\0")), dtype=torch.uint8)
         sessions = [torch.empty_like(own) for _ in peers]
         self.all_gather(own, sessions, deadline - time.monotonic())
         self._sequence = 0  # the group's own operations count from one
-        self._sessions = [bytes(x.numpy()).rstrip(b"\0").decode() for x in sessions]
+        self._sessions += [bytes(x.numpy()).rstrip(b"\0").decode() for x in sessions]
+
+    def _make_messages(self, links: dict[int, socket.socket]) -> TcpMessages:
+        return OneSidedMessages(self.rank, links, self._engine, self._sessions)
 
     def empty_shared(self, num_bytes: int, timeout_s: float) -> torch.Tensor | None:
         """Allocate memory that stays registered as long as the group lives, so that no operation registers it anew.
@@ -80,12 +85,14 @@ class OneSidedTransport(TcpTransport):
         out = {peer: x for peer, x in given.items() if x.nbytes >= LEAST_BYTES}
         into = {peer: x for peer, x in taken.items() if x.nbytes >= LEAST_BYTES}
         nothing = torch.empty(0, dtype=torch.uint8)
-        with self._engine.reachable([*out.values(), *into.values()]):
+        with ExitStack() as stack:
             if out or into:
-                places = {peer: _place(x.data_ptr(), x.nbytes) for peer, x in into.items()}
+                sent = {peer: stack.enter_context(self._engine.reachable(x, is_read=True)) for peer, x in out.items()}
+                come = {peer: stack.enter_context(self._engine.reachable(x, is_read=False)) for peer, x in into.items()}
+                places = {peer: _place(x.data_ptr(), x.nbytes) for peer, x in come.items()}
                 told = {peer: _place(0, 0) for peer in out}
                 super()._carry(code | ADDRESSES, places, told, deadline)
-                writes = {peer: (self._sessions[peer], x, _address(told[peer], peer, x)) for peer, x in out.items()}
+                writes = {peer: (self._sessions[peer], x, _address(told[peer], peer, x)) for peer, x in sent.items()}
                 self._engine.write_all(writes, deadline)
             # What is small itself, and of what is large that it has arrived: memory may be used again only then.
             super()._carry(
@@ -94,6 +101,9 @@ class OneSidedTransport(TcpTransport):
                 {peer: nothing if peer in into else x for peer, x in taken.items()},
                 deadline,
             )
+            for peer, x in into.items():
+                if come[peer] is not x:
+                    x.copy_(come[peer])
 
 
 def _place(address: int, num_bytes: int) -> torch.Tensor:

@@ -59,9 +59,12 @@ class TcpTransport(Transport):
         super().__init__(rank, len(peers))
         links = _connect(listener, rank, peers, token, deadline)
         self._links = {peer: link for (peer, kind), link in links.items() if kind == _COLLECTIVE}
-        self._messages = TcpMessages(rank, {peer: link for (peer, kind), link in links.items() if kind == _MESSAGES})
+        self._messages = self._make_messages({peer: link for (peer, kind), link in links.items() if kind == _MESSAGES})
         self._sequence = 0
         self._failure = ""
+
+    def _make_messages(self, links: dict[int, socket.socket]) -> TcpMessages:
+        return TcpMessages(self.rank, links)
 
     def barrier(self, timeout_s: float) -> None:
         nothing = torch.empty(0, dtype=torch.uint8)

@@ -15,36 +15,48 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from dseek.parallel.transport.base import Finished
 from dseek.parallel.transport.work import GroupError, group_error
 
-_HEADER = struct.Struct("<IQ")
+HEADER = struct.Struct("<IQ")
+"""Tag and number of bytes; a number of `MOST_BYTES` and more is not one of a message that follows."""
+MOST_BYTES = 1 << 46
 _CHUNK_BYTES = 1 << 20
-_MOST_BYTES = 1 << 46
 
 
 @dataclass(slots=True)
-class _Posted:
+class Posted:
+    """A message that a rank sends or waits for."""
+
     ticket: int
     rank: int | None
+    """The other rank; None: any."""
     tag: int
     content: memoryview
+    """What is sent, or where it goes."""
     start_s: float
+    """Of `time.monotonic`."""
 
 
 @dataclass(slots=True)
-class _Peer:
+class Peer:
     """The two directions of one connection."""
 
     link: socket.socket
-    sends: deque[tuple[_Posted, list[memoryview]]] = field(default_factory=deque)
+    sends: deque[tuple[Posted | None, list[memoryview]]] = field(default_factory=deque)
+    """What goes out, with the message that is finished then."""
     header: bytearray = field(default_factory=bytearray)
-    receiver: _Posted | None = None
+    """Of the message that comes in, as far as it came."""
+    receiver: Posted | None = None
+    """Who waits for it."""
     content: memoryview | None = None
+    """Where it goes."""
     num_read: int = 0
     error: str = ""
-    aside: list[tuple[int, memoryview]] = field(default_factory=list)
+    aside: list[tuple[int, Any]] = field(default_factory=list)
+    """Tags and contents of messages that nobody has asked for."""
 
 
 class TcpMessages:
@@ -53,11 +65,11 @@ class TcpMessages:
     def __init__(self, rank: int, links: dict[int, socket.socket]) -> None:
         """Use connected, non-blocking `links`, one to each peer of `rank`."""
         self._rank = rank
-        self._peers = {peer: _Peer(link) for peer, link in links.items()}
-        self._receives: list[_Posted] = []
+        self._peers = {peer: Peer(link) for peer, link in links.items()}
+        self._receives: list[Posted] = []
         self._finished: list[Finished] = []
         self._lock = threading.Lock()
-        self._fresh: list[tuple[bool, _Posted]] = []
+        self._fresh: list[tuple[bool, Posted]] = []
         self._last_ticket = 0
         self.timeout_s = 1800.0
         self._bell, self._ring = os.pipe()
@@ -75,7 +87,7 @@ class TcpMessages:
     def _post(self, *, is_send: bool, content: memoryview, rank: int | None, tag: int) -> int:
         with self._lock:
             self._last_ticket += 1
-            self._fresh.append((is_send, _Posted(self._last_ticket, rank, tag, content, time.monotonic())))
+            self._fresh.append((is_send, Posted(self._last_ticket, rank, tag, content, time.monotonic())))
             ticket = self._last_ticket
         with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
             os.write(self._ring, b"x")
@@ -128,7 +140,7 @@ class TcpMessages:
         finished, self._finished = self._finished, []
         return finished
 
-    def _wants_to_read(self, rank: int, peer: _Peer) -> bool:
+    def _wants_to_read(self, rank: int, peer: Peer) -> bool:
         return peer.content is not None or any(posted.rank in (None, rank) for posted in self._receives)
 
     def _take_posted(self) -> None:
@@ -137,12 +149,16 @@ class TcpMessages:
         for is_send, posted in fresh:
             if is_send:
                 assert posted.rank is not None
-                header = memoryview(_HEADER.pack(posted.tag, len(posted.content)))
-                self._peers[posted.rank].sends.append((posted, [header, posted.content]))
+                self._queue(posted, self._peers[posted.rank])
             elif not self._deliver_aside(posted):
                 self._receives.append(posted)
 
-    def _deliver_aside(self, posted: _Posted) -> bool:
+    def _queue(self, posted: Posted, peer: Peer) -> None:
+        """Put a message among what goes out."""
+        header = memoryview(HEADER.pack(posted.tag, len(posted.content)))
+        peer.sends.append((posted, [header, posted.content]))
+
+    def _deliver_aside(self, posted: Posted) -> bool:
         """Give a receiver what was put aside for it."""
         for rank, peer in self._peers.items():
             if posted.rank not in (None, rank):
@@ -154,7 +170,8 @@ class TcpMessages:
                     return True
         return False
 
-    def _deliver(self, posted: _Posted, rank: int, content: memoryview) -> None:
+    def _deliver(self, posted: Posted, rank: int, content: Any) -> None:
+        """Give a receiver a message from aside."""
         error = ""
         if len(content) == len(posted.content):
             posted.content[:] = content
@@ -176,7 +193,7 @@ class TcpMessages:
         except (OSError, GroupError) as error:
             peer.error = error.found if isinstance(error, GroupError) else f"rank {rank} died or left"
 
-    def _write(self, peer: _Peer) -> None:
+    def _write(self, peer: Peer) -> None:
         posted, parts = peer.sends[0]
         num_sent = peer.link.sendmsg([part[:_CHUNK_BYTES] for part in parts[:1]] if len(parts) == 1 else parts)
         while parts and num_sent >= len(parts[0]):
@@ -185,15 +202,16 @@ class TcpMessages:
             parts[0] = parts[0][num_sent:]
         else:
             peer.sends.popleft()
-            self._finished.append(Finished(posted.ticket, self._rank, ""))
+            if posted is not None:
+                self._finished.append(Finished(posted.ticket, self._rank, ""))
 
-    def _read(self, rank: int, peer: _Peer) -> None:
+    def _read(self, rank: int, peer: Peer) -> None:
         if peer.content is None:
-            part = peer.link.recv(_HEADER.size - len(peer.header))
+            part = peer.link.recv(HEADER.size - len(peer.header))
             if not part:
                 raise group_error(f"rank {rank} died or left")
             peer.header += part
-            if len(peer.header) < _HEADER.size:
+            if len(peer.header) < HEADER.size:
                 return
             self._begin(rank, peer)
         else:
@@ -206,10 +224,10 @@ class TcpMessages:
         if peer.num_read == len(peer.content):
             self._finish(rank, peer)
 
-    def _begin(self, rank: int, peer: _Peer) -> None:
+    def _begin(self, rank: int, peer: Peer) -> None:
         """Decide where a message that begins goes."""
-        tag, num_bytes = _HEADER.unpack(peer.header)
-        if num_bytes > _MOST_BYTES:
+        tag, num_bytes = HEADER.unpack(peer.header)
+        if num_bytes >= MOST_BYTES:
             raise group_error(f"rank {rank} announces a message of {num_bytes} bytes")
         peer.receiver = self._take_receiver(rank, tag)
         peer.num_read = 0
@@ -218,8 +236,9 @@ class TcpMessages:
         else:
             peer.content = memoryview(bytearray(num_bytes))
 
-    def _finish(self, rank: int, peer: _Peer) -> None:
-        tag, _ = _HEADER.unpack(peer.header)
+    def _finish(self, rank: int, peer: Peer) -> None:
+        """Give a message that is there to who waits for it, or put it aside."""
+        tag, _ = HEADER.unpack(peer.header)
         content, receiver = peer.content, peer.receiver
         assert content is not None
         peer.content, peer.receiver, peer.header = None, None, bytearray()
@@ -232,7 +251,8 @@ class TcpMessages:
         else:
             self._deliver(receiver, rank, content)
 
-    def _take_receiver(self, rank: int, tag: int) -> _Posted | None:
+    def _take_receiver(self, rank: int, tag: int) -> Posted | None:
+        """Take away who waits for a message."""
         for index, posted in enumerate(self._receives):
             if posted.tag == tag and posted.rank in (None, rank):
                 return self._receives.pop(index)
@@ -243,8 +263,7 @@ class TcpMessages:
         too_old_s = time.monotonic() - self.timeout_s
         for rank, peer in self._peers.items():
             # A message that is half through cannot be taken back: the connection is of no more use.
-            waiting = [posted for posted, _ in peer.sends] + ([peer.receiver] if peer.receiver else [])
-            if not peer.error and any(posted.start_s < too_old_s for posted in waiting):
+            if not peer.error and any(posted.start_s < too_old_s for posted in self._under_way(rank, peer)):
                 peer.error = f"rank {rank} did not take or send a message within {self.timeout_s:g} s"
         for posted in [one for one in self._receives if one.start_s < too_old_s]:
             source = "no rank" if posted.rank is None else f"rank {posted.rank} did not"
@@ -256,11 +275,8 @@ class TcpMessages:
             return
         for rank, error in lost.items():
             peer = self._peers[rank]
-            self._finished += [Finished(posted.ticket, rank, error) for posted, _ in peer.sends]
-            peer.sends.clear()
-            if peer.receiver is not None:
-                self._finished.append(Finished(peer.receiver.ticket, rank, error))
-                peer.receiver = peer.content = None
+            self._finished += [Finished(posted.ticket, rank, error) for posted in self._under_way(rank, peer)]
+            self._forget(rank, peer)
         kept = []
         for posted in self._receives:
             error = next(iter(lost.values())) if posted.rank is None else lost.get(posted.rank, "")
@@ -269,3 +285,13 @@ class TcpMessages:
             else:
                 kept.append(posted)
         self._receives = kept
+
+    def _under_way(self, rank: int, peer: Peer) -> list[Posted]:
+        """What has begun to go to or come from a rank, and fails with its connection."""
+        sends = [posted for posted, _ in peer.sends if posted is not None]
+        return sends + ([peer.receiver] if peer.receiver is not None else [])
+
+    def _forget(self, rank: int, peer: Peer) -> None:
+        """Drop that, when everybody has been told."""
+        peer.sends.clear()
+        peer.receiver = peer.content = None
