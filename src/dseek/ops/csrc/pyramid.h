@@ -51,6 +51,7 @@ struct RowRoom {
     std::vector<float> bias, turned;
     std::vector<uint8_t> seen_from, opened_from;
     Pages packed, query, scores;
+    bool is_packed = false;  // whether `packed` holds the cells of the level that was met last
     float rest[kMostHeadsOfGroup * kStripRows] = {};  // [heads][16]
 };
 

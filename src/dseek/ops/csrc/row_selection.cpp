@@ -105,26 +105,50 @@ void Pyramid::open_level(const HeadView& head, const StripQuery& strip, const Bu
     const int d = layout_.head_dim, dim = d + (gate.active() ? gate.dim : 0);
     const bool exact = layout_.type == CacheType::fp32;
     const size_t page_bytes = static_cast<size_t>(dim) * kPageTokens * sizeof(float);
-    // The strips of a block meet the same cells where a descent has one level, which is then laid out already.
-    if (!strip.follows || top > 0) {
+    // The strips of a block meet the same cells where a descent has one level, which is then laid out already. For a
+    // lone row laying them out would be most of the work.
+    const bool is_alone = strip.num_rows == 1 && !strip.follows;
+    const auto score_place = [&](int h) {
+        return room.scores.as<float>() + static_cast<size_t>(h) * pages * kStripRows * kPageTokens;
+    };
+    if (!strip.follows || top > 0 || !room.is_packed) {
         room.keys.clear();
         for (int i = 0; i < count; ++i) {
             const Cell cell{i < free ? level : 0, room.cells[i]};
             room.keys.push_back(gate.active() ? statistics(head, cell) + 3 * d : means(head, cell));
         }
-        for (int page = 0; page < pages; ++page) {
+        for (int page = 0; page < pages && !is_alone; ++page) {
             kernels().pack_cells(room.keys.data() + page * kPageTokens,
                                  std::min(kPageTokens, count - page * kPageTokens), dim, exact,
                                  room.packed.data() + page * page_bytes);
         }
     }
+    room.is_packed = !is_alone;
     room.bias.resize(static_cast<size_t>(pages) * kPageTokens, 0.f);
     room.opened_from.resize(static_cast<size_t>(pages) * kPageTokens, kMayNotOpen);
     room.seen_from.resize(static_cast<size_t>(pages) * kPageTokens, kStripRows);
-    for (int h = 0; h < strip.num_heads; ++h) {
-        kernels().score_strip(room.query.as<float>() + static_cast<size_t>(h) * kStripRows * dim, dim, exact,
-                              room.packed.data(), pages,
-                              room.scores.as<float>() + static_cast<size_t>(h) * pages * kStripRows * kPageTokens);
+    if (is_alone) {
+        RowScoreCall alone;
+        alone.query = room.query.as<float>() + static_cast<size_t>(row_begin) * dim;
+        alone.query_stride = static_cast<size_t>(kStripRows) * dim;
+        alone.num_heads = strip.num_heads;
+        alone.dim = dim;
+        alone.exact = exact;
+        alone.cells = room.keys.data();
+        alone.count = count;
+        alone.scores = score_place(0) + static_cast<size_t>(row_begin) * kPageTokens;
+        alone.score_stride = static_cast<size_t>(pages) * kStripRows * kPageTokens;
+        alone.page_stride = static_cast<size_t>(kStripRows) * kPageTokens;
+        kernels().score_row(alone);
+        // The places behind the last cell are met by nobody, but have to be numbers.
+        for (int h = 0; h < strip.num_heads; ++h) {
+            for (int i = count; i < pages * kPageTokens; ++i) *alone.place(h, i) = 0.f;
+        }
+    } else {
+        for (int h = 0; h < strip.num_heads; ++h) {
+            kernels().score_strip(room.query.as<float>() + static_cast<size_t>(h) * kStripRows * dim, dim, exact,
+                                  room.packed.data(), pages, score_place(h));
+        }
     }
     OpenCall call;
     call.num_heads = strip.num_heads;

@@ -32,6 +32,7 @@ const KernelTable& amx_kernels() {
         .score_cells = score_cells,
         .pack_cells = pack_cells_512,
         .score_strip = score_strip_amx,
+        .score_row = score_row_512,
         .open_cells = open_cells,
         .largest_of_run = largest_of_run,
         .round_run = round_run,

@@ -32,6 +32,7 @@ const KernelTable& avx512_kernels() {
         .score_cells = score_cells,
         .pack_cells = pack_cells_512,
         .score_strip = score_strip_avx512,
+        .score_row = score_row_512,
         .open_cells = open_cells,
         .largest_of_run = largest_of_run,
         .round_run = round_run,

@@ -50,6 +50,48 @@ void score_strip_bf16(const float* query, int dim, const void* pages, int num_pa
     }
 }
 
+// A cell's values are rounded as `pack_cells_512` rounds them, and met by all heads at once.
+template <int kHeads>
+void score_row_heads(const RowScoreCall& call, int first_head) {
+    thread_local Scratch room;
+    auto* query = reinterpret_cast<uint16_t*>(room.get(static_cast<size_t>(kHeads) * call.dim * 2 + 64));
+    for (int head = 0; head < kHeads; ++head) {
+        round_to_bf16(call.query + (first_head + head) * call.query_stride, call.dim, query + head * call.dim);
+    }
+    for (int i = 0; i < call.count; ++i) {
+        const float* cell = call.cells[i];
+        __m512 sums[kHeads];
+        for (int head = 0; head < kHeads; ++head) sums[head] = _mm512_setzero_ps();
+        for (int at = 0; at < call.dim; at += 32) {
+            const bool full = at + 32 <= call.dim;  // the last sixteen of a width that is no multiple of 32
+            const __m512 low = _mm512_loadu_ps(cell + at),
+                         high = full ? _mm512_loadu_ps(cell + at + 16) : _mm512_setzero_ps();
+            const __m512bh values = _mm512_cvtne2ps_pbh(high, low);
+            const __mmask32 there = full ? 0xffffffff : 0xffff;
+            for (int head = 0; head < kHeads; ++head) {
+                const __m512i inputs = _mm512_maskz_loadu_epi16(there, query + head * call.dim + at);
+                sums[head] = _mm512_dpbf16_ps(sums[head], reinterpret_cast<__m512bh>(inputs), values);
+            }
+        }
+        for (int head = 0; head < kHeads; ++head) *call.place(first_head + head, i) = _mm512_reduce_add_ps(sums[head]);
+    }
+}
+
+inline void score_row_512(const RowScoreCall& call) {
+    if (call.exact) {
+        score_row(call);
+        return;
+    }
+    int head = 0;
+    for (; head + 4 <= call.num_heads; head += 4) score_row_heads<4>(call, head);
+    switch (call.num_heads - head) {
+        case 3: score_row_heads<3>(call, head); return;
+        case 2: score_row_heads<2>(call, head); return;
+        case 1: score_row_heads<1>(call, head); return;
+        default: return;
+    }
+}
+
 inline void score_strip_avx512(const float* query, int dim, bool exact, const void* pages, int num_pages,
                                float* scores) {
     if (exact) {

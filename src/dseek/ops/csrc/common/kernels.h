@@ -185,6 +185,22 @@ struct ReduceCall {
     size_t count = 0;
 };
 
+// Scores of a lone row with cells that lie anywhere, for all heads of a group at once; sizes as in `score_strip`.
+struct RowScoreCall {
+    const float* query = nullptr;  // head h at query + h * query_stride
+    size_t query_stride = 0;
+    int num_heads = 0, dim = 0;
+    bool exact = false;
+    const float* const* cells = nullptr;
+    int count = 0;
+    float* scores = nullptr;  // cell i of head h at scores + h * score_stride + i / 64 * page_stride + i % 64
+    size_t score_stride = 0, page_stride = 0;
+
+    float* place(int head, int cell) const {
+        return scores + head * score_stride + cell / kPageTokens * page_stride + cell % kPageTokens;
+    }
+};
+
 struct KernelTable {
     const char* name;
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int size, float* out);
@@ -214,6 +230,7 @@ struct KernelTable {
     void (*pack_cells)(const float* const* cells, int count, int dim, bool exact, void* page);
     // scores[page][row][slot] = query[row] . cell, for sixteen rows of `dim` floats, dim a multiple of 16.
     void (*score_strip)(const float* query, int dim, bool exact, const void* pages, int num_pages, float* scores);
+    void (*score_row)(const RowScoreCall& call);
     void (*open_cells)(const OpenCall& call);
     float (*largest_of_run)(const float* x, size_t count);
     void (*round_run)(const float* x, size_t count, const RoundingRange& range, uint8_t* out);

@@ -47,6 +47,17 @@ inline float sum_of_lanes(f32x16 value) {
 #endif
 }
 
+inline void score_row(const RowScoreCall& call) {
+    for (int i = 0; i < call.count; ++i) {
+        for (int head = 0; head < call.num_heads; ++head) {
+            const float* query = call.query + head * call.query_stride;
+            f32x16 total{};
+            for (int at = 0; at < call.dim; at += 16) total += load(query + at) * load(call.cells[i] + at);
+            *call.place(head, i) = sum_of_lanes(total);
+        }
+    }
+}
+
 // Base-2 logarithm of the sum of 2^score over the cells that `counts(v)` picks, 16 at a time, and of `rest`. `scores`
 // are a row's, already with their bias.
 template <class Counts>

@@ -31,6 +31,7 @@ const KernelTable& generic_kernels() {
         .score_cells = score_cells,
         .pack_cells = pack_cells,
         .score_strip = score_strip,
+        .score_row = score_row,
         .open_cells = open_cells,
         .largest_of_run = largest_of_run,
         .round_run = round_run,
