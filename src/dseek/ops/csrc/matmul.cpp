@@ -15,8 +15,13 @@ void multiply(const Linear& weight, const float* x, int m, float* out) {
     const KernelTable& table = kernels();
     const int threads = team.size();
     const RowKind kind = table.row_kind(weight.format, m);
-    RowBuffer buffer;
-    buffer.memory = Pages::huge(RowBuffer::bytes(weight, kind, m));
+    // Kept between calls where it is small: giving memory back costs a lone row several times its product.
+    constexpr size_t kMostKept = 1 << 20;
+    thread_local RowBuffer kept;
+    RowBuffer passing;
+    const size_t num_bytes = RowBuffer::bytes(weight, kind, m);
+    RowBuffer& buffer = num_bytes <= kMostKept ? kept : passing;
+    if (buffer.memory.size() < num_bytes) buffer.memory = Pages::huge(std::max(num_bytes, size_t{64} << 10));
     buffer.lay_out(weight, kind, m);
     // Many rows: a task takes some rows through all channels, so that its activations stay in a private cache.
     const int row_step = std::min(m, kRowsPerTask);

@@ -154,7 +154,7 @@ void group_tile(const LinearCall& call, int row, int panel) {
     const Linear& weight = *call.weight;
     const int groups = weight.k_padded / kGroup;
     constexpr int kGroupBytes = kNibbles ? 256 : 512;
-    const size_t stride = panel_bytes(weight.format, weight.k_padded);
+    const size_t stride = panel_bytes(weight.format, weight.k_padded), ahead = ahead_bytes(stride, kPanels);
     const uint8_t* w = weight.panel(panel);
     const uint16_t* scales = weight.group_scale(panel);
     const uint16_t* minima = kNibbles ? weight.group_min(panel) : nullptr;
@@ -180,7 +180,9 @@ void group_tile(const LinearCall& call, int row, int panel) {
         for (int step = 0; step < 8; ++step) {
             __m512i value[kPanels];
             for (int p = 0; p < kPanels; ++p) {
-                value[p] = group_step<kNibbles>(w + p * stride + static_cast<size_t>(group) * kGroupBytes, step);
+                const uint8_t* source = w + p * stride + static_cast<size_t>(group) * kGroupBytes;
+                if constexpr (!kNibbles && kRows < 4) ask_for(source + step * 64 + ahead);
+                value[p] = group_step<kNibbles>(source, step);
             }
             for (int r = 0; r < kRows; ++r) {
                 const __m512i inputs = broadcast4(x[r] + group * kGroup + step * 4);

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
+
 #include "../common/open_cells.h"
 #include "attention_page.h"
 #include "cache.h"
@@ -58,8 +60,11 @@ void score_row_heads(const RowScoreCall& call, int first_head) {
     for (int head = 0; head < kHeads; ++head) {
         round_to_bf16(call.query + (first_head + head) * call.query_stride, call.dim, query + head * call.dim);
     }
+    constexpr int kAhead = 8;  // cells lie apart, where the processor does not look ahead by itself
     for (int i = 0; i < call.count; ++i) {
         const float* cell = call.cells[i];
+        const float* later = call.cells[std::min(i + kAhead, call.count - 1)];
+        for (int at = 0; at < call.dim; at += 16) ask_for(later + at);
         __m512 sums[kHeads];
         for (int head = 0; head < kHeads; ++head) sums[head] = _mm512_setzero_ps();
         for (int at = 0; at < call.dim; at += 32) {
