@@ -83,6 +83,7 @@ void Decoder::attend(const Batch& batch, const BlockWeights& block, int layer, c
     call.num_heads = heads;
     call.first_position = position;
     call.num_rows = task.num_rows;
+    call.step_rows = batch.row_starts[task.sequence + 1] - batch.row_starts[task.sequence];
     call.window = block.window;
     call.scale = 1.f / std::sqrt(static_cast<float>(d));
     call.page_begin = task.page_begin;

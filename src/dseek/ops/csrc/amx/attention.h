@@ -68,7 +68,7 @@ struct StripTiles {
 };
 
 inline void attention_amx(const AttentionCall& call) {
-    attention_512(call, [](const AttentionCall& many) {
+    attention_512(call, 3, [](const AttentionCall& many) {
         switch (many.layout->head_dim) {
             case 32: attention_strips<StripTiles<1>>(many); return;
             case 64: attention_strips<StripTiles<2>>(many); return;

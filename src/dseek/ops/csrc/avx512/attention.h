@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "attention_decode.h"
 #include "soften.h"
@@ -184,27 +185,41 @@ void attention_strips(const AttentionCall& call) {
     states.finish();
 }
 
-// `strips` attends for more rows than a few.
+// A row of a call, with the blocks that it attends to; `blocks` holds them where rows have different ones.
+inline AttentionCall row_of(const AttentionCall& call, int row, std::vector<int32_t>& blocks) {
+    AttentionCall one = call;
+    one.num_rows = 1;
+    one.first_position = call.first_position + row;
+    one.query = call.query + row * call.query_stride;
+    one.out = call.out + row * call.out_stride;
+    if (call.from_rows != nullptr) {
+        blocks.clear();
+        for (int i = 0; i < call.num_blocks; ++i) {
+            if (call.from_rows[i] <= row) blocks.push_back(call.blocks[i]);
+        }
+        one.blocks = blocks.data();
+        one.num_blocks = static_cast<int>(blocks.size());
+        one.from_rows = nullptr;
+    }
+    return one;
+}
+
+// `strips` attends for more rows than `few`, up to which strips of sixteen, mostly empty, take longer than row by row.
 template <class Strips>
-void attention_512(const AttentionCall& call, const Strips& strips) {
-    constexpr int kFewRows = 3;  // below this a strip of sixteen would be mostly empty
+void attention_512(const AttentionCall& call, int few, const Strips& strips) {
     if (call.layout->type == CacheType::fp32) {
         attention_portable(call);
-    } else if (call.num_rows == 1 || (call.num_rows <= kFewRows && call.from_rows == nullptr)) {
-        AttentionCall one = call;
-        one.num_rows = 1;
-        for (int row = 0; row < call.num_rows; ++row) {
-            one.first_position = call.first_position + row;
-            one.query = call.query + row * call.query_stride;
-            one.out = call.out + row * call.out_stride;
-            attention_decode_512(one);
-        }
+    } else if (call.num_rows == 1 || std::max(call.num_rows, call.step_rows) <= few) {
+        thread_local std::vector<int32_t> blocks;
+        for (int row = 0; row < call.num_rows; ++row) attention_decode_512(row_of(call, row, blocks));
     } else {
         strips(call);
     }
 }
 
-inline void attention_avx512(const AttentionCall& call) { attention_512(call, attention_strips<StripVectors>); }
+inline void attention_avx512(const AttentionCall& call) {
+    attention_512(call, call.layout->type == CacheType::int8 ? 14 : 8, attention_strips<StripVectors>);
+}
 
 }  // namespace DSEEK_VARIANT
 }  // namespace dseek

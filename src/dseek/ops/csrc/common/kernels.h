@@ -115,6 +115,9 @@ struct AttentionCall {
     int num_heads = 0;  // query heads of this group
     int first_position = 0;  // position of row 0
     int num_rows = 0;
+    // Rows of the sequence in this step, of which these are some: by them kernels decide what rounds differently, so
+    // that results do not hang on how rows are shared out. 0: these are all.
+    int step_rows = 0;
     int window = 0;  // newest positions a query sees, 0 = all
     // Blocks to attend to, indices into `pages`, ascending; null: all that are visible. Then page_begin and page_end
     // count entries of this list.
