@@ -42,8 +42,8 @@ def main() -> int:
             if dense and not own
         ]
         print(
-            f"{name}: {both} of {sum(right)} ({both / sum(right):.1%}), {statistics.fmean(skipped):.1%} of the pairs "
-            f"skipped; lost: {', '.join(lost) or 'none'}",
+            f"{name}: {both} of {sum(right)} ({both / sum(right):.1%}), {statistics.fmean(skipped or [0.0]):.1%} of "
+            f"the pairs skipped; lost: {', '.join(lost) or 'none'}",
             flush=True,
         )
     return 0

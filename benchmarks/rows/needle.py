@@ -79,7 +79,7 @@ def ask(
 
     Returns:
         An answer a prompt (`token_ids`, `prompt_idx`), what the worker says of its attention, and the share of the
-        causal pairs that was skipped in one prompt of each haystack.
+        causal pairs that was skipped in one prompt of each haystack (none are counted where attention is dense).
     """
     # The depths share a haystack: what lies before the needle need not be computed again.
     longest = max(trial.length for trial in trials)
@@ -89,7 +89,8 @@ def ask(
             answer = process.call("generate", token_ids=trial.prompt, num_tokens=len(trial.answer))
             answers.append({**answer, "prompt_idx": index})
         skipped: list[float] = []
-        for trial in {(trial.length, trial.needle.name): trial for trial in trials}.values():
+        haystacks = {} if wish == DENSE else {(trial.length, trial.needle.name): trial for trial in trials}
+        for trial in haystacks.values():
             process.call("nll", token_ids=trial.prompt, window=len(trial.prompt))
             skipped += process.call("skipped", firsts=[0])["shares"]
         process.freeze()
